@@ -1,0 +1,62 @@
+"""The trainer ranks as one trainer."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from pipelinerl.cluster.remote import RemoteWorker
+from pipelinerl.config.schema import TrainerConfig
+from pipelinerl.types import RankBatch, SampleRef, StepResult
+
+
+class TrainerGroup:
+    """Calls go to all ranks at once; weight updates and exports are rank 0's."""
+
+    def __init__(self, ranks: Sequence[RemoteWorker], config: TrainerConfig):
+        self._ranks = ranks
+        self._config = config
+        self._address = ""
+
+    async def setup(self) -> dict[str, Any]:
+        """Bring up the process group and load the model on every rank. Returns what there is to log."""
+        self._address, port = await self._ranks[0].endpoint(self._config.start_timeout_s)
+        described = await asyncio.gather(
+            *(rank.call("setup", self._address, port, timeout_s=self._config.start_timeout_s) for rank in self._ranks)
+        )
+        return dict(described[0])
+
+    async def step(self, batches: Sequence[RankBatch], payloads: Sequence[Any]) -> StepResult:
+        """One optimizer step. `payloads[i]` is a reference to the group that `SampleRef.group == i` names."""
+        calls = (
+            rank.call("step", *_own_share(batch, payloads), timeout_s=self._config.step_timeout_s)
+            for rank, batch in zip(self._ranks, batches, strict=True)
+        )
+        results: list[StepResult] = await asyncio.gather(*calls)
+        return results[0]
+
+    async def listen(self, backend: str) -> dict[str, Any]:
+        """Open the weight transport on rank 0."""
+        return dict(await self._ranks[0].call("listen", backend, self._address))
+
+    async def connect_weights(self, world_size: int) -> dict[str, Any]:
+        """Wait on rank 0 for the engines; returns the manifest."""
+        return dict(await self._ranks[0].call("connect", world_size))
+
+    async def send_weights(self) -> dict[str, float]:
+        """Broadcast rank 0's weights."""
+        return dict(await self._ranks[0].call("send_weights"))
+
+    async def export(self, target: str) -> None:
+        """Write the model to `target`."""
+        await self._ranks[0].call("export", target, timeout_s=self._config.step_timeout_s)
+
+
+def _own_share(batch: RankBatch, payloads: Sequence[Any]) -> tuple[Any, ...]:
+    """The batch and only the payloads it names, renumbered, so that no rank fetches groups it does not train on."""
+    used = sorted({ref.group for micro_batch in batch.micro_batches for ref in micro_batch})
+    number = {group: index for index, group in enumerate(used)}
+    micro_batches = tuple(
+        tuple(SampleRef(number[ref.group], ref.rollout, ref.advantage, ref.length) for ref in micro_batch)
+        for micro_batch in batch.micro_batches
+    )
+    return RankBatch(micro_batches, batch.loss_tokens, batch.samples), *(payloads[group] for group in used)

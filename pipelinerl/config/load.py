@@ -1,0 +1,101 @@
+"""Overrides -> Hydra -> schema. No `DictConfig` and no exception of Hydra leaves this file."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+from yaml import YAMLError
+
+from pipelinerl.config.explain import explain, shown
+from pipelinerl.config.files import conf_dir, group_options
+from pipelinerl.config.keys import defaults, fields_of, section_types
+from pipelinerl.config.overrides import prepare
+from pipelinerl.config.schema import RunConfig
+from pipelinerl.errors import ConfigError
+
+MISSING = "???"
+
+
+def load_config(overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration of a run from overrides as given on the command line: `["task=sort", "trainer.lr=1e-5"]`.
+
+    Without `experiment=...` the quickstart is meant. Relative paths in it are relative to the working directory.
+
+    Raises: ConfigError with one line per problem (all of them at once), each with key, value and what would be
+    right; EnvironmentProblem when `conf/` is not there.
+    """
+    groups = group_options()
+    data = _compose(prepare(overrides, groups), list(groups))
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(explain(error, data)) from error
+
+
+def _compose(overrides: list[str], groups: Sequence[str]) -> dict[str, Any]:
+    _store_defaults(groups)
+    with _hydra_errors_explained(), initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+        config = compose("config", overrides=overrides)
+        data = _resolved(config)
+    assert isinstance(data, dict)
+    return data
+
+
+def _resolved(config: DictConfig) -> Any:
+    """Plain data with interpolations resolved and values still missing left out: the schema says what is required."""
+    try:
+        return _without_missing(OmegaConf.to_container(config, resolve=True))
+    except OmegaConfBaseException as error:
+        key = str(error.full_key)
+        raise ConfigError(f"{key} = {shown(_raw(config, key))}: {_first_line(error)}") from error
+
+
+def _raw(config: DictConfig, key: str) -> Any:
+    """The value of `key` as written, interpolations and all."""
+    node: Any = OmegaConf.to_container(config, resolve=False)
+    for part in key.replace("[", ".").replace("]", "").split("."):
+        node = node[int(part)] if isinstance(node, list) else node[part]
+    return node
+
+
+def _without_missing(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {key: _without_missing(value) for key, value in node.items() if value != MISSING}
+    return node
+
+
+def _store_defaults(groups: Sequence[str]) -> None:
+    """Put the schema's defaults where the files in `conf/` can start from them.
+
+    `run_defaults` holds everything that is no group; `<group>_defaults` a group's section; for a section that
+    depends on its kind, `<kind>_defaults`. With all keys present, the files only say what differs.
+    """
+    store = ConfigStore.instance()
+    run = defaults(RunConfig)
+    store.store(name="run_defaults", node={key: value for key, value in run.items() if key not in groups})
+    for name, field in fields_of(RunConfig).items():
+        if name in groups:
+            for kind, section in section_types(field).items():
+                store.store(group=name, name=f"{kind or name}_defaults", node=defaults(section))
+
+
+@contextmanager
+def _hydra_errors_explained() -> Iterator[None]:
+    try:
+        yield
+    except YAMLError as error:  # its text names file and line, over several lines
+        raise ConfigError("not readable as YAML: " + " ".join(str(error).split())) from error
+    except (HydraException, OmegaConfBaseException) as error:
+        cause = error.__cause__
+        detail = f" ({_first_line(cause)})" if isinstance(cause, OmegaConfBaseException) else ""
+        raise ConfigError(f"{_first_line(error)}{detail}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,57 @@
+"""What can be known to fail before Ray starts, in the order in which a user would fix it."""
+
+from pathlib import Path
+
+from pipelinerl.config.device import Device, gpu_count, gpus_needed, resolve_device
+from pipelinerl.config.schema import JsonlTask, RunConfig, SortTask
+from pipelinerl.errors import DataError, EnvironmentProblem
+
+
+def preflight(config: RunConfig) -> None:
+    """Check model, data and devices.
+
+    Raises: EnvironmentProblem for a missing model directory or missing GPUs, DataError for a missing data file.
+    """
+    _model_is_there(config)
+    _data_is_there(config)
+    gpus = gpu_count()
+    _devices_suffice(config, resolve_device(config, gpus), gpus)
+
+
+def _model_is_there(config: RunConfig) -> None:
+    path = config.model.path
+    directory = Path(path)
+    if not _is_local(path):
+        return
+    if not directory.exists():
+        tiny = isinstance(config.task, SortTask) and directory.name.startswith("tiny")
+        hint = "run: pipelinerl make-tiny" if tiny else "name a model directory, or a hub id such as Qwen/Qwen2.5-0.5B"
+        raise EnvironmentProblem(f"model.path={path}: no such directory (from {Path.cwd()}); {hint}")
+    if not (directory / "config.json").is_file():
+        raise EnvironmentProblem(f"model.path={path}: no model directory, it has no config.json")
+
+
+def _is_local(path: str) -> bool:
+    """True when `path` cannot be a hub id (`name` or `owner/name`), or the first part of it is a directory here."""
+    if path.startswith(("/", ".", "~", "models/")) or path.endswith("/") or path.count("/") > 1:
+        return True
+    return Path(path.partition("/")[0]).is_dir()
+
+
+def _data_is_there(config: RunConfig) -> None:
+    if not isinstance(config.task, JsonlTask):
+        return
+    for key, path in (("task.path", config.task.path), ("task.eval_path", config.task.eval_path)):
+        if path is not None and not Path(path).is_file():
+            raise DataError(f"{key}={path}: no such file (from {Path.cwd()}); set {key}=FILE (JSON lines)")
+
+
+def _devices_suffice(config: RunConfig, device: Device, gpus: int) -> None:
+    if device == "cpu":
+        if config.engine.kv_cache_mb is None:
+            raise EnvironmentProblem("engine.kv_cache_mb=null on CPU: the size must be given; use engine=cpu")
+    elif config.cluster.address == "local" and gpus < gpus_needed(config):
+        raise EnvironmentProblem(
+            f"{gpus_needed(config)} GPUs needed (engine.count x engine.tensor_parallel + trainer.ranks), "
+            f"this machine has {gpus}; lower them, or join a cluster with cluster=ray"
+        )

@@ -1,0 +1,100 @@
+"""A rollout worker: one engine, the episodes that run on it, and the grader processes that score them.
+
+A plain class: the cluster layer makes it an async Ray actor, so that many groups run at a time in one event loop.
+Generation is a local call; only finished groups leave the process.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from pipelinerl.config.schema import RunConfig
+from pipelinerl.engine.vllm_engine import VllmEngine
+from pipelinerl.rollout.group import run_group
+from pipelinerl.rollout.tokens import ChatRenderer
+from pipelinerl.tasks.grading import GraderPool
+from pipelinerl.tasks.registry import build_task
+from pipelinerl.types import Completion, GroupMeta, Problem, RolloutGroup, RolloutMeta
+
+
+class RolloutWorker:
+    """Generates and scores groups of completions, and takes weight updates while doing so."""
+
+    def __init__(self, config: RunConfig, index: int, device: str, backend: str):
+        self._config = config
+        self._index = index
+        self._device = device
+        self._backend = backend
+        self._task = build_task(config.task, config.seed)
+        self._engine: VllmEngine
+        self._renderer: ChatRenderer
+        self._graders: GraderPool
+
+    async def start(self) -> dict[str, Any]:
+        """Start engine and graders. Returns the engine's resolved settings."""
+        from transformers import AutoTokenizer
+
+        config = self._config
+        self._graders = GraderPool(config.grading.processes, config.grading.timeout_s)
+        await self._graders.start()
+        self._engine = await VllmEngine.start(config, self._index, self._device, self._backend)
+        tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+        self._renderer = ChatRenderer(tokenizer, config.model.enable_thinking)
+        return self._engine.settings
+
+    async def rollout(self, group_id: int, problem: Problem) -> tuple[GroupMeta, RolloutGroup]:
+        """A group of training completions: what the driver looks at, and the payload for the trainer."""
+        sampling = self._config.sampling
+        return await self._group(
+            group_id, problem, self._config.batch.group_size, sampling.temperature, sampling.max_tokens
+        )
+
+    async def evaluate(self, group_id: int, problem: Problem) -> tuple[GroupMeta, RolloutGroup]:
+        """The completions of one evaluation problem."""
+        config = self._config
+        return await self._group(
+            group_id, problem, config.eval.samples, config.eval.temperature, config.sampling.max_tokens
+        )
+
+    async def connect(self, init_info: dict[str, Any]) -> None:
+        """Join the weight transport."""
+        await self._engine.connect(init_info)
+
+    async def update_weights(self, update_info: dict[str, Any], version: int) -> dict[str, float]:
+        """Receive the weights of `version`; see VllmEngine.update_weights."""
+        return await self._engine.update_weights(update_info, version)
+
+    async def check_health(self) -> int:
+        """The version being served. Raises WorkerDied when the engine is gone (a dead grader shows when next used)."""
+        await self._engine.check_health()
+        return self._engine.version
+
+    async def close(self) -> None:
+        """Stop engine and graders; safe to call at any time after construction."""
+        if hasattr(self, "_engine"):
+            await self._engine.shutdown()
+        if hasattr(self, "_graders"):
+            await self._graders.close()
+
+    async def _group(
+        self, group_id: int, problem: Problem, size: int, temperature: float, max_tokens: int
+    ) -> tuple[GroupMeta, RolloutGroup]:
+        start = time.perf_counter()
+
+        async def generate(tokens: list[int]) -> Completion:
+            return await self._engine.generate(tokens, temperature, max_tokens)
+
+        group = await run_group(
+            group_id,
+            problem,
+            size,
+            self._make_env(),
+            generate,
+            self._renderer,
+            self._config.engine.max_model_len,
+        )
+        metas = tuple(RolloutMeta.of(rollout) for rollout in group.rollouts)
+        return GroupMeta(group_id, problem.id, self._index, metas, time.perf_counter() - start), group
+
+    def _make_env(self) -> Callable[[Problem], Any]:
+        return lambda problem: self._task.env(problem, self._graders.grade)

@@ -1,0 +1,69 @@
+"""Every error a user can meet, and the exit code it ends the process with.
+
+An error's text is one line of cause and, where there is one, what to do about it. All of them pickle, so
+that they cross process boundaries unchanged. `assert` is kept for invariants of our own.
+"""
+
+EXIT_DONE = 0
+EXIT_CONFIG = 2
+EXIT_ENVIRONMENT = 3
+EXIT_RECOVERABLE = 4
+EXIT_BUDGET_SPENT = 5
+EXIT_SIGINT = 130
+EXIT_SIGTERM = 143
+
+
+class PipelineRLError(Exception):
+    """Base of all errors that end a run with a message instead of a traceback."""
+
+    exit_code = EXIT_RECOVERABLE
+
+
+class ConfigError(PipelineRLError):
+    """The configuration is wrong: unknown key, bad type or range, or settings that contradict each other."""
+
+    exit_code = EXIT_CONFIG
+
+
+class DataError(ConfigError):
+    """The user's data is wrong. The text names the file and the line."""
+
+
+class EnvironmentProblem(PipelineRLError):
+    """This machine or installation cannot run what was asked (missing device, package, model directory)."""
+
+    exit_code = EXIT_ENVIRONMENT
+
+
+class ParityError(EnvironmentProblem):
+    """A setting that makes engine and trainer logprobs comparable is not in force."""
+
+
+class WorkerDied(PipelineRLError):
+    """A process of the run (engine, trainer rank, grader) ended that should be alive."""
+
+
+class Stalled(PipelineRLError):
+    """Nothing made progress within the stated time."""
+
+
+class WeightSyncError(PipelineRLError):
+    """A weight update did not complete; the engine it names serves nothing until a full update reaches it."""
+
+
+class TokenPrefixError(PipelineRLError):
+    """A turn of an episode does not extend the tokens of the turns before it."""
+
+
+class BudgetSpent(PipelineRLError):
+    """Too many groups or optimizer steps in a row had to be thrown away."""
+
+    exit_code = EXIT_BUDGET_SPENT
+
+
+def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first real error inside an exception group, however deep it lies."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

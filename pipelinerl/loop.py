@@ -1,0 +1,265 @@
+"""The training loop, and the two loops that run beside it. Everything heavy is behind the parts of a `Run`.
+
+    fill ──groups──> buffer ──groups of a step──> train ──weights──> engines
+      ^                 ^                            |
+      └── admission ────┴────── published(version) ──┘
+
+    train   consumes the groups of a step      waits for  buffer.take         unblocked by  fill
+    fill    consumes problems and places       waits for  buffer.admit        unblocked by  train (published)
+    watch   consumes nothing                   waits for  time                ends the run when a process is gone
+
+A step s (from 1) trains with weights of version s - 1 and makes version s.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from pipelinerl.algo.advantages import group_advantages
+from pipelinerl.batch.packing import rank_batches
+from pipelinerl.config.plan import eval_versions
+from pipelinerl.config.schema import RunConfig
+from pipelinerl.errors import BudgetSpent, Stalled, first_error
+from pipelinerl.metrics.log import MetricsLog
+from pipelinerl.metrics.records import group_metrics
+from pipelinerl.metrics.rollouts import RolloutWriter
+from pipelinerl.rollout.buffer import GroupBuffer
+from pipelinerl.tasks.base import Task
+from pipelinerl.tasks.stream import ProblemStream
+from pipelinerl.types import GroupMeta, Problem, RankBatch, SampleRef, StepResult
+
+HEALTH_INTERVAL_S = 2.0
+
+
+class Rollouts(Protocol):
+    """The engines, as the loop uses them. A payload is a reference to a RolloutGroup."""
+
+    async def rollout(self, group_id: int, problem: Problem) -> tuple[GroupMeta, Any]: ...
+
+    async def evaluate(self, group_id: int, problem: Problem) -> GroupMeta: ...
+
+    async def check_health(self) -> None: ...
+
+    def busy_s(self) -> float: ...
+
+
+class Trainer(Protocol):
+    """The trainer ranks, as the loop uses them."""
+
+    async def step(self, batches: Sequence[RankBatch], payloads: Sequence[Any]) -> StepResult: ...
+
+
+class WeightPublisher(Protocol):
+    """Weight updates, as the loop uses them."""
+
+    async def publish(self, version: int) -> dict[str, float]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A group that waits to be trained on."""
+
+    meta: GroupMeta
+    payload: Any
+
+
+@dataclass
+class Run:
+    """The parts of a run, and the little state that the loops share."""
+
+    config: RunConfig
+    task: Task
+    stream: ProblemStream
+    buffer: GroupBuffer[Finished]
+    fleet: Rollouts
+    trainer: Trainer
+    publisher: WeightPublisher
+    log: MetricsLog
+    rollouts: RolloutWriter
+    generated_tokens: int = 0
+    dropped_in_a_row: int = 0
+    skipped_in_a_row: int = 0
+    last_progress: float = field(default_factory=time.monotonic)
+
+
+async def train(run: Run) -> None:
+    """prompt -> rollouts -> group -> advantages -> packed batch -> loss -> step -> broadcast -> engines."""
+    await run.publisher.publish(0)
+    await evaluate(run, version=0)
+    async with background(fill(run), watch(run)):
+        for step in range(1, run.config.steps + 1):
+            meter = Meter.start(run)
+            groups = await run.buffer.take()
+            batches, advantages = make_batches(groups, run.config)
+            result, _ = await asyncio.gather(
+                run.trainer.step(batches, [group.payload for group in groups]),
+                write_rollouts(run, step, groups, advantages),
+            )
+            sync = await publish(run, step)
+            run.log.log("train", step, meter.stop(run, groups, result) | sync)
+            check_skipped(run, result)
+            await evaluate(run, version=step)
+
+
+async def fill(run: Run) -> None:
+    """Keep as many groups in flight as the lag bound admits."""
+    async with asyncio.TaskGroup() as groups:
+        while True:
+            ticket = await run.buffer.admit()
+            groups.create_task(roll_out(run, ticket, run.stream.next()))
+
+
+async def roll_out(run: Run, ticket: int, problem: Problem) -> None:
+    """One group, from prompt to rewards, into the buffer. A group without two scored completions has no baseline."""
+    meta, payload = await run.fleet.rollout(ticket, problem)
+    run.last_progress = time.monotonic()
+    run.generated_tokens += sum(rollout.completion_len for rollout in meta.rollouts)
+    if meta.scored >= 2:
+        run.dropped_in_a_row = 0
+        await run.buffer.put(ticket, Finished(meta, payload))
+        return
+    await run.buffer.drop(ticket, "errored")
+    run.dropped_in_a_row += 1
+    if run.dropped_in_a_row >= run.config.batch.max_dropped_groups_in_a_row:
+        details = next((r.detail for r in meta.rollouts if r.detail), "no detail")
+        raise BudgetSpent(
+            f"{run.dropped_in_a_row} groups in a row had fewer than two scored completions "
+            f"(batch.max_dropped_groups_in_a_row); the last one, {problem.id}: {details}"
+        )
+
+
+async def watch(run: Run) -> None:
+    """End the run when a process is gone, or when nothing has been finished for too long."""
+    limit = run.config.cluster.stall_timeout_s
+    while True:
+        await asyncio.sleep(HEALTH_INTERVAL_S)
+        await run.fleet.check_health()
+        if time.monotonic() - run.last_progress > limit:
+            raise Stalled(
+                f"no group and no step was finished for cluster.stall_timeout_s={limit:g} s "
+                f"({run.buffer.running} groups running, {run.buffer.ready} ready)"
+            )
+
+
+async def publish(run: Run, step: int) -> dict[str, float]:
+    """Bring the weights of version `step` to the engines when it is due, and let the groups it admits start."""
+    if step % run.config.weights.every and step != run.config.steps:
+        return {}
+    metrics = await run.publisher.publish(step)
+    await run.buffer.published(step)
+    run.last_progress = time.monotonic()
+    return metrics
+
+
+async def evaluate(run: Run, version: int) -> None:
+    """Accuracy on the held-out problems when it is due. No update happens meanwhile, so it is that of one version."""
+    if version not in eval_versions(run.config):
+        return
+    problems = run.task.problems("eval")
+    metas = await asyncio.gather(*(run.fleet.evaluate(i, problem) for i, problem in enumerate(problems)))
+    rollouts = [rollout for meta in metas for rollout in meta.rollouts]
+    versions = {v for rollout in rollouts for v in rollout.tokens_by_version}
+    assert versions <= {version}, f"evaluation of version {version} sampled from {versions}"
+    scored = [rollout.reward for rollout in rollouts if rollout.outcome.scored]
+    name = f"eval/{run.task.name}"
+    values = {
+        f"{name}/problems": float(len(problems)),
+        f"{name}/errored": float(len(rollouts) - len(scored)),
+        f"{name}/tokens_mean": float(np.mean([rollout.completion_len for rollout in rollouts])),
+    }
+    if scored:
+        values[f"{name}/accuracy"] = float(np.mean(scored))
+    run.last_progress = time.monotonic()
+    run.log.log("eval", version, values)
+
+
+def make_batches(groups: Sequence[Finished], config: RunConfig) -> tuple[list[RankBatch], list[np.ndarray]]:
+    """Advantages, and the work of every rank. Completions that were not scored are in neither."""
+    refs, advantages, loss_tokens = [], [], 0
+    for index, group in enumerate(groups):
+        rollouts = group.meta.rollouts
+        valid = np.array([rollout.outcome.scored for rollout in rollouts])
+        rewards = np.array([rollout.reward for rollout in rollouts], np.float32)
+        advantages.append(group_advantages(rewards, valid, config.algo))
+        for number in np.flatnonzero(valid):
+            refs.append(SampleRef(index, int(number), float(advantages[-1][number]), rollouts[number].total_len))
+            loss_tokens += rollouts[number].completion_len
+    batches = rank_batches(refs, config.trainer.ranks, config.trainer.micro_batch_tokens, loss_tokens)
+    return batches, advantages
+
+
+async def write_rollouts(run: Run, step: int, groups: Sequence[Finished], advantages: Sequence[np.ndarray]) -> None:
+    """Write the first few groups of the step to `rollouts/`; the only token arrays the driver ever sees."""
+    chosen = list(zip(groups, advantages, strict=True))[: run.config.metrics.rollout_groups_per_step]
+    payloads = await asyncio.gather(*(_value(group.payload) for group, _ in chosen))
+    records = [
+        (group.meta, payload, list(map(float, weights)))
+        for (group, weights), payload in zip(chosen, payloads, strict=True)
+    ]
+    await asyncio.to_thread(run.rollouts.write, step, records)
+
+
+def check_skipped(run: Run, result: StepResult) -> None:
+    """Give up after too many non-finite steps in a row."""
+    run.skipped_in_a_row = 0 if result.applied else run.skipped_in_a_row + 1
+    if run.skipped_in_a_row > run.config.trainer.max_skipped_steps:
+        raise BudgetSpent(
+            f"{run.skipped_in_a_row} optimizer steps in a row had a non-finite loss or gradient "
+            f"(trainer.max_skipped_steps={run.config.trainer.max_skipped_steps}); the weights are those before them"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Meter:
+    """What a step's clock and counters stood at when it began."""
+
+    started: float
+    busy_s: float
+    generated_tokens: int
+
+    @classmethod
+    def start(cls, run: Run) -> "Meter":
+        return cls(time.perf_counter(), run.fleet.busy_s(), run.generated_tokens)
+
+    def stop(self, run: Run, groups: Sequence[Finished], result: StepResult) -> dict[str, float]:
+        """All metrics of the step but those of the weight update."""
+        metas = [group.meta for group in groups]
+        seconds = time.perf_counter() - self.started
+        train_s = result.metrics["perf/train_s"]
+        trained_tokens = sum(rollout.total_len for meta in metas for rollout in meta.rollouts)
+        samples = sum(meta.scored for meta in metas)
+        return {
+            **group_metrics(metas, result.version - 1, run.buffer.dropped),
+            **result.metrics,
+            "perf/step_s": seconds,
+            "perf/samples_per_s": samples / seconds,
+            "perf/trainer_tokens_per_s": trained_tokens / train_s,
+            "perf/rollout_tokens_per_s": (run.generated_tokens - self.generated_tokens) / seconds,
+            "perf/trainer_idle_frac": max(0.0, 1 - train_s / seconds),
+            "perf/rollout_idle_frac": max(0.0, 1 - (run.fleet.busy_s() - self.busy_s) / seconds),
+            "buffer/ready": float(run.buffer.ready),
+            "buffer/running": float(run.buffer.running),
+        }
+
+
+@asynccontextmanager
+async def background(*loops: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run `loops` beside the body. An error of one ends the body, the end of the body ends them all."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(loop) for loop in loops]
+            yield
+            for task in tasks:
+                task.cancel()
+    except BaseExceptionGroup as errors:
+        error = first_error(errors)
+        raise error from error.__cause__
+
+
+async def _value(payload: Any) -> Any:
+    return await payload

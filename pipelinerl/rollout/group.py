@@ -1,0 +1,42 @@
+"""A group: several independent episodes on one problem, so that their rewards can be compared."""
+
+import asyncio
+from collections.abc import Callable
+
+from pipelinerl.errors import PipelineRLError, first_error
+from pipelinerl.rollout.episode import GenerateFn, failed_rollout, run_episode
+from pipelinerl.rollout.tokens import ChatRenderer
+from pipelinerl.tasks.base import Env
+from pipelinerl.types import Problem, Rollout, RolloutGroup
+
+
+async def run_group(
+    group_id: int,
+    problem: Problem,
+    size: int,
+    make_env: Callable[[Problem], Env],
+    generate: GenerateFn,
+    renderer: ChatRenderer,
+    max_total_tokens: int,
+) -> RolloutGroup:
+    """Play `size` episodes on `problem` at the same time, each in an environment of its own.
+
+    What `run_episode` raises cancels the other episodes and is raised here as it is, without an ExceptionGroup.
+    """
+
+    async def episode() -> Rollout:
+        try:
+            env = make_env(problem)
+        except PipelineRLError:
+            raise
+        except Exception as error:
+            return failed_rollout(error)
+        return await run_episode(env, generate, renderer, max_total_tokens)
+
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            episodes = [tasks.create_task(episode()) for _ in range(size)]
+    except BaseExceptionGroup as group:
+        error = first_error(group)
+        raise error from error.__cause__
+    return RolloutGroup(group_id, problem.id, tuple(task.result() for task in episodes))

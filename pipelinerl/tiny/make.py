@@ -1,0 +1,192 @@
+"""`pipelinerl make-tiny`: a small language model with everything a big one has, made from a seed.
+
+The directory is an ordinary HF checkpoint (config, safetensors, tokenizer, chat template) that transformers and vLLM
+load like any other. `recipe.json` in it records how it was made: the same recipe is not cooked twice.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelinerl.config.schema import SortTask
+from pipelinerl.errors import EXIT_DONE, ConfigError, PipelineRLError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+
+    from pipelinerl.tiny.warm_start import Progress
+
+DEFAULT_OUT = {"sort": "models/tiny", "sort_scratchpad": "models/tiny_scratchpad"}
+RECIPE_FILE = "recipe.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """A Qwen2 with a tied head. Head size 32 is the smallest that vLLM's CPU attention takes."""
+
+    hidden_size: int = 128
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    intermediate_size: int = 384
+    context: int = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """All that decides what the model becomes."""
+
+    task: str
+    digits: int
+    seed: int
+    target: float
+    temperature: float
+    architecture: Architecture = Architecture()
+
+    def as_json(self) -> dict[str, Any]:
+        from pipelinerl.tiny.tokenizer import CHAT_TEMPLATE, CHARACTERS, SPECIALS
+        from pipelinerl.tiny.warm_start import WarmStart
+
+        training = asdict(WarmStart(target=self.target, temperature=self.temperature))
+        tokens = {"vocabulary": [*SPECIALS, *CHARACTERS], "chat_template": CHAT_TEMPLATE}
+        return {**asdict(self), "warm_start": training, **tokens}
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command; returns the exit code."""
+    args = _parse(argv)
+    recipe = Recipe(args.task, args.digits, args.seed, args.target, args.temperature)
+    out = Path(args.out or DEFAULT_OUT[args.task])
+    try:
+        if _already_made(out, recipe) and not args.force:
+            print(f"{out} is there already and was made with this recipe")
+            return EXIT_DONE
+        make(out, recipe, force=args.force)
+    except PipelineRLError as error:
+        print(f"make-tiny: {error}", file=sys.stderr)
+        return error.exit_code
+    return EXIT_DONE
+
+
+def make(out: Path, recipe: Recipe, force: bool = False) -> None:
+    """Build, warm-start and save the model; `out` appears complete or not at all.
+
+    Raises ConfigError when `out` exists and `force` is not set.
+    """
+    if out.exists() and not force:
+        raise ConfigError(f"{out} exists and was made with another recipe; pass --force to replace it, or --out DIR")
+    _quiet_libraries()
+    from pipelinerl.tasks.registry import build_task
+    from pipelinerl.tiny.tokenizer import build_tokenizer
+    from pipelinerl.tiny.warm_start import WarmStart, warm_start
+
+    started = time.monotonic()
+    task = build_task(SortTask(digits=recipe.digits, scratchpad=recipe.task == "sort_scratchpad"), recipe.seed)
+    tokenizer = build_tokenizer(recipe.architecture.context)
+    model = build_model(recipe.architecture, tokenizer, recipe.seed)
+    print(f"warm-starting {model.num_parameters():,} parameters on {recipe.task}, {recipe.digits} digits", flush=True)
+    settings = WarmStart(target=recipe.target, temperature=recipe.temperature)
+    last = warm_start(model, tokenizer, task, settings, recipe.seed, _print_progress)
+    _save(out, model, tokenizer, recipe.as_json())
+    print(
+        f"wrote {out}: solves {last.sampled:.0%} sampled at temperature {recipe.temperature:g}, {last.greedy:.0%} greedy "
+        f"({time.monotonic() - started:.0f} s)"
+    )
+
+
+def build_model(architecture: Architecture, tokenizer: "PreTrainedTokenizerFast", seed: int) -> "Qwen2ForCausalLM":
+    """An untrained float32 model for this tokenizer, its weights drawn from `seed`."""
+    import torch
+    from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(seed)
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=architecture.hidden_size,
+        intermediate_size=architecture.intermediate_size,
+        num_hidden_layers=architecture.layers,
+        num_attention_heads=architecture.heads,
+        num_key_value_heads=architecture.kv_heads,
+        max_position_embeddings=architecture.context,
+        tie_word_embeddings=True,
+        dtype="float32",
+        **ids,
+    )
+    model = Qwen2ForCausalLM(config)
+    model.generation_config = GenerationConfig(**ids)  # neutral: it must not change how engines sample
+    return model
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "pipelinerl make-tiny", description="Make the small model that the quickstart trains."
+    )
+    parser.add_argument("--out", help="directory to write (default: models/tiny, models/tiny_scratchpad)")
+    parser.add_argument("--task", choices=sorted(DEFAULT_OUT), default="sort")
+    parser.add_argument("--digits", type=int, default=6, help="length of the numbers to sort (default: 6)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--target", type=float, default=0.45, help="sampled accuracy to stop at (default: 0.45)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="at which accuracy is sampled (default: 1.0)")
+    parser.add_argument("--force", action="store_true", help="replace the directory")
+    args = parser.parse_args(argv)
+    if not 2 <= args.digits <= 16:
+        parser.error(f"--digits {args.digits} is not between 2 and 16")
+    if not 0 < args.target < 1:
+        parser.error(f"--target {args.target} is not between 0 and 1")
+    if not 0 < args.temperature <= 2:
+        parser.error(f"--temperature {args.temperature} is not between 0 and 2")
+    return args
+
+
+def _already_made(out: Path, recipe: Recipe) -> bool:
+    try:
+        made = json.loads((out / RECIPE_FILE).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+    return bool(made == recipe.as_json())
+
+
+def _print_progress(progress: "Progress") -> None:
+    print(
+        f"step {progress.step:4d}  loss {progress.loss:.3f}  sampled {progress.sampled:.3f}  greedy {progress.greedy:.3f}",
+        flush=True,
+    )
+
+
+def _save(
+    out: Path, model: "Qwen2ForCausalLM", tokenizer: "PreTrainedTokenizerFast", recipe: Mapping[str, Any]
+) -> None:
+    """Write beside `out`, then rename: a reader never sees half a model."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        (staging / RECIPE_FILE).write_text(json.dumps(recipe, indent=2) + "\n")
+        staging.chmod(0o755)  # mkdtemp made it private
+        if out.exists():
+            shutil.rmtree(out)
+        staging.rename(out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _quiet_libraries() -> None:
+    """One torch thread: the model is too small for more, and the result is then the same on a busy machine."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import torch
+
+    torch.set_num_threads(1)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,110 @@
+"""The policy as the trainer sees it: a transformers model, an fp32 head and chunked logprobs.
+
+The engine multiplies its stored (bf16) head weights in fp32, so the trainer upcasts the same rounded weights
+instead of using an fp32 master copy. Logits exist for at most `chunk` tokens at a time, forward and backward.
+
+N = tokens of the packed row, M = the positions of it that predict a sampled token.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from pipelinerl.config.schema import ModelConfig
+from pipelinerl.errors import EnvironmentProblem
+from pipelinerl.trainer.attention import ATTENTION, Segments
+
+
+class PolicyModel(nn.Module):
+    """`forward` gives the logprob of the sampled tokens and the entropy of the distributions they came from."""
+
+    def __init__(self, hf: PreTrainedModel, temperature: float, head_dtype: torch.dtype, chunk: int):
+        super().__init__()
+        self.hf = hf
+        self.temperature = temperature
+        self.head_dtype = head_dtype
+        self.chunk = chunk
+        head = hf.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            raise EnvironmentProblem(f"{type(hf).__name__} has no linear lm_head, so its logits cannot be made in fp32")
+
+    def forward(
+        self,
+        input_ids: Tensor,  # [N]
+        position_ids: Tensor,  # [N], restarting at every sequence
+        segments: Segments,
+        positions: Tensor,  # [M] where a sampled token is predicted
+        targets: Tensor,  # [M] that token
+    ) -> tuple[Tensor, Tensor]:
+        """Logprobs [M] (with gradient) and entropies [M] (without), both fp32, in nats, at the sampling temperature."""
+        hidden = self.hf.base_model(
+            input_ids=input_ids[None],
+            position_ids=position_ids[None],
+            attention_mask=None,
+            use_cache=False,
+            segments=segments,
+        ).last_hidden_state[0]
+        return self.score(hidden[positions], targets)
+
+    def score(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Like `forward`, from hidden states [M, H] on."""
+        head = self.hf.get_output_embeddings()
+        weight = head.weight.to(self.head_dtype)
+        bias = None if head.bias is None else head.bias.to(self.head_dtype)
+        parts = [
+            checkpoint(_score_chunk, h, t, weight, bias, self.temperature, use_reentrant=False)
+            for h, t in zip(hidden.split(self.chunk), targets.split(self.chunk), strict=True)
+        ]
+        logprobs, entropies = zip(*parts, strict=True)
+        return torch.cat(logprobs), torch.cat(entropies)
+
+
+def _score_chunk(
+    hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor]:
+    logits = F.linear(hidden.to(weight.dtype), weight, bias).float() / temperature
+    log_z = torch.logsumexp(logits, dim=-1)
+    logprobs = logits.gather(-1, targets[:, None])[:, 0] - log_z
+    with torch.no_grad():
+        entropy = log_z - (torch.softmax(logits, dim=-1) * logits).sum(-1)
+    return logprobs, entropy.detach()
+
+
+def load_policy(config: ModelConfig, temperature: float, chunk: int, gradient_checkpointing: bool) -> PolicyModel:
+    """The model at `config.path` in `config.dtype`, ready to train.
+
+    Raises EnvironmentProblem when the path holds no causal language model, or one that wants to run its own code.
+    """
+    try:
+        hf_config = AutoConfig.from_pretrained(config.path)
+        hf = AutoModelForCausalLM.from_pretrained(
+            config.path, config=hf_config, dtype=getattr(torch, config.dtype), attn_implementation=ATTENTION
+        )
+    except (OSError, ValueError) as error:
+        raise EnvironmentProblem(f"model.path={config.path}: {_first_line(error)}") from error
+    hf.config.use_cache = False
+    if gradient_checkpointing:
+        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    hf.train()
+    return PolicyModel(hf, temperature, getattr(torch, config.head_dtype), chunk)
+
+
+def export_policy(model: PolicyModel, tokenizer_source: str, target: Path) -> None:
+    """Write the weights, config and tokenizer to `target` so that `from_pretrained` and vLLM load them."""
+    from transformers import AutoTokenizer
+
+    staging = target.with_name(target.name + ".partial")
+    attention: Any = model.hf.config._attn_implementation
+    model.hf.save_pretrained(staging, safe_serialization=True)
+    AutoTokenizer.from_pretrained(tokenizer_source).save_pretrained(staging)
+    model.hf.config._attn_implementation = attention
+    staging.rename(target)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

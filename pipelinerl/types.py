@@ -1,0 +1,198 @@
+"""The records that flow through a run, in the order in which they come into being.
+
+    Problem -> Completion -> Turn -> Rollout -> RolloutGroup -> (advantages) -> TrainSample -> RankBatch -> StepResult
+
+All are small frozen dataclasses of numpy arrays and scalars: picklable, free of torch, cheap to import.
+
+Shape legend:  P = tokens of a turn's new context, C = tokens of a completion, T = tokens of a whole rollout.
+
+A *version* counts optimizer steps: version 0 is the model the run started from, version v the model after v steps.
+The *lag* of a token is the version that trains on it minus the version that sampled it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int32]
+FloatArray = NDArray[np.float32]
+BoolArray = NDArray[np.bool_]
+
+
+class Outcome(StrEnum):
+    """How an episode ended. Only a scored outcome carries a reward that means something."""
+
+    OK = "ok"
+    TRUNCATED = "truncated"  # ran into the token limit; scored on what there is
+    ENV_ERROR = "env_error"  # the environment or the grader raised
+    VERIFIER_TIMEOUT = "verifier_timeout"  # grading exceeded its time and was killed
+    INFRA_ABORT = "infra_abort"  # the engine gave the request up
+
+    @property
+    def scored(self) -> bool:
+        """True when the reward may enter baseline and loss; the others are masked out and counted."""
+        return self in (Outcome.OK, Outcome.TRUNCATED)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One item of a task, e.g. `Problem("train/17", {"digits": "481503", "answer": "013458"})`."""
+
+    id: str
+    data: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class VersionSpan:
+    """Tokens `[start, end)` of a completion were sampled by the weights of `version`."""
+
+    version: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What the engine sampled for one prompt, stop token included."""
+
+    tokens: IntArray  # [C]
+    logprobs: FloatArray  # [C] of the distribution that was sampled from (temperature applied), nats
+    spans: tuple[VersionSpan, ...]  # in order, without gaps, covering [0, C)
+    finish_reason: str  # "stop", "length" or "abort"
+    text: str
+
+    def __post_init__(self) -> None:
+        assert self.tokens.shape == self.logprobs.shape, (self.tokens.shape, self.logprobs.shape)
+        ends = [0] + [span.end for span in self.spans]
+        assert [span.start for span in self.spans] == ends[:-1] and ends[-1] == len(self.tokens), self.spans
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """New context (the first turn's is the prompt) and the completion that followed it."""
+
+    context: IntArray  # [P]
+    completion: Completion
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One finished episode. `reward` is the sum that is trained on; `components` are its named parts."""
+
+    turns: tuple[Turn, ...]
+    reward: float
+    outcome: Outcome
+    components: Mapping[str, float] = field(default_factory=dict)
+    prompt_text: str = ""
+    detail: str = ""  # why, when the outcome is not ok
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.turns[0].context) if self.turns else 0
+
+    @property
+    def completion_len(self) -> int:
+        """Sampled tokens over all turns."""
+        return sum(len(turn.completion.tokens) for turn in self.turns)
+
+    @property
+    def total_len(self) -> int:
+        return sum(len(turn.context) + len(turn.completion.tokens) for turn in self.turns)
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutGroup:
+    """The completions of one prompt: the payload that goes from a rollout worker to a trainer rank."""
+
+    id: int  # admission number, counted from 0 over the whole run
+    problem_id: str
+    rollouts: tuple[Rollout, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutMeta:
+    """What the driver sees of one rollout: everything but the token arrays."""
+
+    reward: float
+    outcome: Outcome
+    components: Mapping[str, float]
+    total_len: int
+    prompt_len: int
+    completion_len: int
+    tokens_by_version: Mapping[int, int]  # version -> number of tokens it sampled
+    detail: str = ""
+
+    @classmethod
+    def of(cls, rollout: Rollout) -> "RolloutMeta":
+        counts: dict[int, int] = {}
+        for turn in rollout.turns:
+            for span in turn.completion.spans:
+                counts[span.version] = counts.get(span.version, 0) + span.end - span.start
+        return cls(
+            reward=rollout.reward,
+            outcome=rollout.outcome,
+            components=dict(rollout.components),
+            total_len=rollout.total_len,
+            prompt_len=rollout.prompt_len,
+            completion_len=rollout.completion_len,
+            tokens_by_version=counts,
+            detail=rollout.detail,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class GroupMeta:
+    """What the driver sees of a group."""
+
+    id: int
+    problem_id: str
+    worker: int  # index of the rollout worker that made it
+    rollouts: tuple[RolloutMeta, ...]
+    seconds: float  # from the call to the last reward
+
+    @property
+    def scored(self) -> int:
+        return sum(meta.outcome.scored for meta in self.rollouts)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSample:
+    """One rollout as the trainer sees it. Position t holds token t; logprobs and versions belong to token t."""
+
+    tokens: IntArray  # [T]
+    loss_mask: BoolArray  # [T] True where the policy sampled the token
+    logprobs: FloatArray  # [T] engine logprob where loss_mask, else 0
+    versions: IntArray  # [T] sampling version where loss_mask, else -1
+    advantage: float
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRef:
+    """Names a rollout (`group` indexes the payloads that are sent along) and carries its advantage."""
+
+    group: int
+    rollout: int
+    advantage: float
+    length: int  # total_len
+
+
+@dataclass(frozen=True, slots=True)
+class RankBatch:
+    """The work of one trainer rank in one step. All ranks have the same number of micro-batches."""
+
+    micro_batches: tuple[tuple[SampleRef, ...], ...]  # an empty one is a dummy that only keeps ranks in step
+    loss_tokens: int  # sampled tokens in the step, over all ranks: the denominator of the loss
+    samples: int  # rollouts in the step, over all ranks
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a trainer rank reports of an optimizer step; the same on all ranks."""
+
+    version: int  # after the step
+    metrics: Mapping[str, float]
+    applied: bool  # False: loss or gradient was not finite and the weights are unchanged

@@ -1,0 +1,139 @@
+"""The trainer's end of a weight update: reads the policy's parameters in order and broadcasts them.
+
+One sender per transport, chosen by `make_sender`. The life of a sender is `listen` (returns where engines find it),
+`connect` (blocks until all engine workers have joined), then `send` once per update. Only trainer rank 0 has one:
+at ZeRO stages 0 to 2 every rank holds the whole model.
+"""
+
+import socket
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pipelinerl.errors import WeightSyncError
+from pipelinerl.weights.gloo_group import GlooGroup
+from pipelinerl.weights.manifest import Manifest, Parameter, offsets
+
+
+def parameters_in_order(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Checkpoint names and tensors. A tied head occurs once, under the embedding's name, as in a saved checkpoint."""
+    for name, parameter in model.named_parameters(remove_duplicate=True):
+        yield name, parameter.detach()
+
+
+def manifest_of(model: nn.Module, bucket_bytes: int) -> Manifest:
+    """The manifest that `send` follows for this model."""
+    entries = (
+        Parameter(name, str(t.dtype).removeprefix("torch."), tuple(t.shape), t.numel() * t.element_size())
+        for name, t in parameters_in_order(model)
+    )
+    return Manifest(tuple(entries), bucket_bytes)
+
+
+class Sender(Protocol):
+    """A transport as the trainer uses it."""
+
+    def listen(self, address: str) -> dict[str, Any]:
+        """Open a port on this node; the result goes into every engine's init info."""
+
+    def connect(self, world_size: int) -> None:
+        """Wait until `world_size - 1` engine workers have joined."""
+
+    def send(self, model: nn.Module, manifest: Manifest) -> None:
+        """Broadcast all parameters. Returns when the last one has left; raises WeightSyncError."""
+
+
+class GlooSender:
+    """CPU tensors in flat byte buffers; a bucket is filled while the one before is in flight."""
+
+    def __init__(self, timeout_s: float):
+        self._timeout_s = timeout_s
+        self._store: dist.TCPStore | None = None
+        self._group: GlooGroup | None = None
+        self._epoch = 0
+
+    def listen(self, address: str) -> dict[str, Any]:
+        timeout = timedelta(seconds=self._timeout_s)
+        self._store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        return {"address": address, "port": self._store.port, "epoch": self._epoch, "timeout_s": self._timeout_s}
+
+    def connect(self, world_size: int) -> None:
+        assert self._store is not None, "listen comes first"
+        self._group = GlooGroup(self._store, self._epoch, 0, world_size, self._timeout_s)
+
+    def send(self, model: nn.Module, manifest: Manifest) -> None:
+        assert self._group is not None, "connect comes first"
+        tensors = parameters_in_order(model)
+        pending: list[tuple[dist.Work, Tensor]] = []
+        for bucket in manifest.buckets():
+            starts, size = offsets(bucket)
+            buffer = torch.empty(size, dtype=torch.uint8)
+            for parameter, start in zip(bucket, starts, strict=True):
+                name, tensor = next(tensors)
+                assert name == parameter.name, f"manifest says {parameter.name}, the model {name}"
+                flat = tensor.contiguous().view(-1).view(torch.uint8)
+                buffer[start : start + parameter.nbytes].copy_(flat)
+            if len(pending) == 2:
+                self._finish(*pending.pop(0), bucket[0].name)
+            pending.append((self._group.broadcast(buffer), buffer))
+        for work, buffer in pending:
+            self._finish(work, buffer, manifest.parameters[-1].name)
+
+    def _finish(self, work: dist.Work, buffer: Tensor, near: str) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise WeightSyncError(
+                f"trainer rank 0: the weight broadcast broke off near parameter {near} "
+                f"({len(buffer)} bytes in the bucket): {str(error).splitlines()[0]}"
+            ) from error
+
+
+class NcclSender:
+    """vLLM's packed NCCL broadcast, for trainers and engines that have GPUs of their own."""
+
+    def __init__(self, bucket_bytes: int):
+        self._bucket_bytes = bucket_bytes
+        self._address: tuple[str, int] | None = None
+        self._communicator: Any = None
+
+    def listen(self, address: str) -> dict[str, Any]:
+        with socket.socket() as probe:
+            probe.bind((address, 0))
+            self._address = (address, probe.getsockname()[1])
+        return {
+            "master_address": self._address[0],
+            "master_port": self._address[1],
+            "packed": True,
+            "packed_buffer_size_bytes": self._bucket_bytes,
+            "packed_num_buffers": 2,
+        }
+
+    def connect(self, world_size: int) -> None:
+        from vllm.distributed.weight_transfer.nccl_common import trainer_init
+
+        assert self._address is not None, "listen comes first"
+        host, port = self._address
+        self._communicator = trainer_init({"master_address": host, "master_port": port, "world_size": world_size})
+
+    def send(self, model: nn.Module, manifest: Manifest) -> None:
+        from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
+
+        packed_nccl_broadcast_producer(
+            iterator=parameters_in_order(model),
+            group=self._communicator,
+            src=0,
+            post_iter_func=lambda item: item[1],
+            buffer_size_bytes=manifest.bucket_bytes,
+            num_buffers=2,
+        )
+        torch.cuda.synchronize()
+
+
+def make_sender(backend: str, timeout_s: float, bucket_bytes: int) -> Sender:
+    """The sender of a resolved backend, "gloo" or "nccl"."""
+    return GlooSender(timeout_s) if backend == "gloo" else NcclSender(bucket_bytes)
