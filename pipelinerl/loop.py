@@ -13,6 +13,7 @@ A step s (from 1) trains with weights of version s - 1 and makes version s.
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -82,6 +83,7 @@ class Run:
     log: MetricsLog
     rollouts: RolloutWriter
     generated_tokens: int = 0
+    reported_drops: Counter[str] = field(default_factory=Counter)  # those that are in the log already
     dropped_in_a_row: int = 0
     skipped_in_a_row: int = 0
     last_progress: float = field(default_factory=time.monotonic)
@@ -89,21 +91,23 @@ class Run:
 
 async def train(run: Run) -> None:
     """prompt -> rollouts -> group -> advantages -> packed batch -> loss -> step -> broadcast -> engines."""
-    await run.publisher.publish(0)
-    await evaluate(run, version=0)
-    async with background(fill(run), watch(run)):
-        for step in range(1, run.config.steps + 1):
-            meter = Meter.start(run)
-            groups = await run.buffer.take()
-            batches, advantages = make_batches(groups, run.config)
-            result, _ = await asyncio.gather(
-                run.trainer.step(batches, [group.payload for group in groups]),
-                write_rollouts(run, step, groups, advantages),
-            )
-            sync = await publish(run, step)
-            run.log.log("train", step, meter.stop(run, groups, result) | sync)
-            check_skipped(run, result)
-            await evaluate(run, version=step)
+    async with background(watch(run)):
+        await run.publisher.publish(0)
+        await evaluate(run, version=0)
+        async with background(fill(run)):
+            for step in range(1, run.config.steps + 1):
+                meter = Meter.start(run)
+                groups = await run.buffer.take()
+                batches, advantages = make_batches(groups, run.config)
+                result, _ = await together(
+                    run.trainer.step(batches, [group.payload for group in groups]),
+                    write_rollouts(run, step, groups, advantages),
+                )
+                run.last_progress = time.monotonic()
+                sync = await publish(run, step)
+                run.log.log("train", step, meter.stop(run, groups, result) | sync)
+                check_skipped(run, result)
+                await evaluate(run, version=step)
 
 
 async def fill(run: Run) -> None:
@@ -161,7 +165,9 @@ async def evaluate(run: Run, version: int) -> None:
     if version not in eval_versions(run.config):
         return
     problems = run.task.problems("eval")
-    metas = await asyncio.gather(*(run.fleet.evaluate(i, problem) for i, problem in enumerate(problems)))
+    if not problems:  # the task holds none out
+        return
+    metas = await together(*(solve(run, i, problem) for i, problem in enumerate(problems)))
     rollouts = [rollout for meta in metas for rollout in meta.rollouts]
     versions = {v for rollout in rollouts for v in rollout.tokens_by_version}
     assert versions <= {version}, f"evaluation of version {version} sampled from {versions}"
@@ -174,8 +180,14 @@ async def evaluate(run: Run, version: int) -> None:
     }
     if scored:
         values[f"{name}/accuracy"] = float(np.mean(scored))
-    run.last_progress = time.monotonic()
     run.log.log("eval", version, values)
+
+
+async def solve(run: Run, index: int, problem: Problem) -> GroupMeta:
+    """The completions of one held-out problem."""
+    meta = await run.fleet.evaluate(index, problem)
+    run.last_progress = time.monotonic()
+    return meta
 
 
 def make_batches(groups: Sequence[Finished], config: RunConfig) -> tuple[list[RankBatch], list[np.ndarray]]:
@@ -196,7 +208,7 @@ def make_batches(groups: Sequence[Finished], config: RunConfig) -> tuple[list[Ra
 async def write_rollouts(run: Run, step: int, groups: Sequence[Finished], advantages: Sequence[np.ndarray]) -> None:
     """Write the first few groups of the step to `rollouts/`; the only token arrays the driver ever sees."""
     chosen = list(zip(groups, advantages, strict=True))[: run.config.metrics.rollout_groups_per_step]
-    payloads = await asyncio.gather(*(_value(group.payload) for group, _ in chosen))
+    payloads = await together(*(_value(group.payload) for group, _ in chosen))
     records = [
         (group.meta, payload, list(map(float, weights)))
         for (group, weights), payload in zip(chosen, payloads, strict=True)
@@ -233,8 +245,10 @@ class Meter:
         train_s = result.metrics["perf/train_s"]
         trained_tokens = sum(rollout.total_len for meta in metas for rollout in meta.rollouts)
         samples = sum(meta.scored for meta in metas)
+        drops = run.buffer.dropped - run.reported_drops
+        run.reported_drops = run.buffer.dropped.copy()
         return {
-            **group_metrics(metas, result.version - 1, run.buffer.dropped),
+            **group_metrics(metas, result.version - 1, drops),
             **result.metrics,
             "perf/step_s": seconds,
             "perf/samples_per_s": samples / seconds,
@@ -259,6 +273,17 @@ async def background(*loops: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     except BaseExceptionGroup as errors:
         error = first_error(errors)
         raise error from error.__cause__
+
+
+async def together(*parts: Coroutine[Any, Any, Any]) -> list[Any]:
+    """The results of all parts, in order. Unlike `gather`, leaves no part running when one fails."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(part) for part in parts]
+    except BaseExceptionGroup as errors:
+        error = first_error(errors)
+        raise error from error.__cause__
+    return [task.result() for task in tasks]
 
 
 async def _value(payload: Any) -> Any:

@@ -6,7 +6,8 @@ import logging
 import signal
 import sys
 import time
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pipelinerl.cluster.ray_cluster import RayCluster
 from pipelinerl.cluster.trainer_group import TrainerGroup
 from pipelinerl.config.device import resolve_backend, resolve_device
 from pipelinerl.config.schema import RunConfig
-from pipelinerl.errors import EXIT_DONE, EXIT_SIGINT, EXIT_SIGTERM, ConfigError
+from pipelinerl.errors import EXIT_DONE, EXIT_SIGINT, EXIT_SIGTERM, ConfigError, PipelineRLError
 from pipelinerl.loop import Run, train
 from pipelinerl.metrics.console import Console
 from pipelinerl.metrics.log import MetricsLog, read_metrics
@@ -55,7 +56,11 @@ async def _until_done_or_signal(config: RunConfig) -> int:
         asyncio.get_running_loop().add_signal_handler(which, stop, which)
     try:
         await session
-    except asyncio.CancelledError:
+    except (asyncio.CancelledError, PipelineRLError) as error:
+        if not received:
+            raise
+        if str(error):  # of a worker that the signal reached first, or of the end that it came into
+            print(f"pipelinerl: {error}", file=sys.stderr, flush=True)
         return SIGNAL_EXITS[received[0]]
     return EXIT_DONE
 
@@ -72,7 +77,7 @@ async def _session(config: RunConfig) -> None:
         log = MetricsLog(run_dir, [console, wandb])
         stack.callback(_conclude, config, run_dir, log, console, wandb)
         cluster = RayCluster(config, run_dir, device)
-        stack.push_async_callback(cluster.close)
+        stack.push_async_callback(_to_the_end, cluster.close)
 
         console.status(f"run directory {run_dir}; starting Ray")
         await cluster.start()
@@ -101,6 +106,15 @@ async def _session(config: RunConfig) -> None:
         console.status("exporting the model")
         await trainer.export(str((run_dir / "model").resolve()))
         console.status("stopping the workers")
+
+
+async def _to_the_end(close: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Close, whatever signal arrives meanwhile: a clean-up that is cut short would leave processes behind."""
+    closing = asyncio.create_task(close())
+    while not closing.done():
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait([closing])
+    closing.result()
 
 
 def _new_run_dir(config: RunConfig) -> Path:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ class RayCluster:
         # In a thread, so that signals are handled meanwhile. `close` waits for it: half a start cannot be undone.
         self._started = asyncio.create_task(asyncio.to_thread(_init_ray, self._config))
         await asyncio.shield(self._started)
+        # Ray puts a handler of its own before Python's, which prints a C++ stack for every SIGTERM: put ours back.
+        for which in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(which, signal.getsignal(which))
 
     async def place_workers(self, backend: str) -> tuple[list[RemoteWorker], list[RemoteWorker]]:
         """Reserve what all processes need, then start them. Returns (trainer ranks, rollout workers).
@@ -96,6 +100,8 @@ class RayCluster:
 
 def _init_ray(config: RunConfig) -> None:
     cluster = config.cluster
+    # A failed call has two results, of which the driver awaits one; Ray would print the traceback of the other.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     common: dict[str, Any] = {
         "include_dashboard": False,
         "log_to_driver": False,

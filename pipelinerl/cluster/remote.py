@@ -105,9 +105,7 @@ class RemoteWorker:
         try:
             async with asyncio.timeout(timeout_s):
                 return await ref
-        except TimeoutError:
-            raise Stalled(f"{self.name}: {method} took more than {timeout_s:g} s; see {self._log_path}") from None
-        except RayTaskError as error:
+        except RayTaskError as error:  # first: Ray's copy of a worker's own TimeoutError is both
             cause = error.cause
             if isinstance(cause, PipelineRLError):
                 raise cause from None
@@ -116,6 +114,8 @@ class RemoteWorker:
             ) from error
         except RayActorError as error:
             raise WorkerDied(f"{self.name}: its process died during {method}; see {self._log_path}") from error
+        except TimeoutError:
+            raise Stalled(f"{self.name}: {method} took more than {timeout_s:g} s; see {self._log_path}") from None
 
 
 def _log_to(path: Path) -> None:

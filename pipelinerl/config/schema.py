@@ -322,6 +322,11 @@ def _contradictions(config: RunConfig) -> "list[str]":
             f"async.max_lag={config.async_.lag_bound} with weights.every={config.weights.every}: tokens are up to "
             f"{config.weights.every - 1} steps old before an update is due; raise max_lag or lower every"
         )
+    if config.eval.every % config.weights.every:
+        found.append(
+            f"eval.every={config.eval.every} with weights.every={config.weights.every}: version {config.eval.every} "
+            f"never reaches the engines, so it cannot be evaluated; use a multiple of weights.every"
+        )
     if config.sampling.max_tokens >= config.engine.max_model_len:
         found.append(
             f"sampling.max_tokens={config.sampling.max_tokens} leaves no room for a prompt in "

@@ -175,7 +175,7 @@ class VllmEngine:
         self._llm.shutdown(timeout=30)
 
     def _died(self) -> WorkerDied:
-        return WorkerDied(f"engine {self._index}: its vLLM core process died; its last words are in logs/")
+        return WorkerDied(f"engine {self._index}: its vLLM core process died; see logs/engine_{self._index}.log")
 
 
 def _completion(output: CompletionOutput) -> Completion:

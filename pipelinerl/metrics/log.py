@@ -59,7 +59,7 @@ class MetricsLog:
         for sink in tuple(self._alive):
             try:
                 sink.write(kind, step, numbers)
-            except Exception as error:  # noqa: BLE001 (a mirror never stops the run)
+            except Exception as error:
                 self._alive.remove(sink)
                 logger.warning("%s switched off: %s. %s has all metrics", _name(sink), _cause(error), self.path)
 
@@ -69,7 +69,7 @@ class MetricsLog:
         for sink in self._sinks:
             try:
                 sink.close()
-            except Exception as error:  # noqa: BLE001 (a mirror never stops the run)
+            except Exception as error:
                 logger.warning("%s did not close: %s", _name(sink), _cause(error))
         self._sinks, self._alive = [], []
 

@@ -73,7 +73,7 @@ def write_plots(run_dir: Path, lag_bound: int | None = None) -> list[Path]:
                 if figure is not None:
                     figure.savefig(path, dpi=DPI, format="png")
                     written.append(path)
-        except Exception as error:  # noqa: BLE001 (a picture less, never a run less)
+        except Exception as error:
             logger.warning("%s was not drawn: %s: %s", path, type(error).__name__, error)
     return written
 

@@ -112,7 +112,7 @@ class WandbSink:
             while (record := self._queue.get()) is not None:
                 run.log(record)
             run.finish()
-        except Exception as error:  # noqa: BLE001 (whatever wandb raises, the run goes on without it)
+        except Exception as error:
             self._failure = _first_line(error)
         _stop_service()
 
@@ -120,7 +120,7 @@ class WandbSink:
         if self.mode == "online":
             try:
                 return self._init("online")
-            except Exception as error:  # noqa: BLE001 (no network, bad key, unknown entity: one fallback)
+            except Exception as error:
                 logger.warning("W&B cannot be reached (%s); logging offline instead", _first_line(error))
                 self.mode = "offline"
         return self._init("offline")
@@ -194,7 +194,7 @@ def _import_failure() -> str:
     """
     try:
         import wandb  # noqa: F401
-    except Exception as error:  # noqa: BLE001 (a broken installation raises anything)
+    except Exception as error:
         return _first_line(error)
     return ""
 
@@ -205,7 +205,7 @@ def _stop_service() -> None:
         import wandb
 
         wandb.teardown()
-    except Exception as error:  # noqa: BLE001 (dead already)
+    except Exception as error:
         logger.debug("wandb.teardown: %s", _first_line(error))
         _end_wandb_core()
 

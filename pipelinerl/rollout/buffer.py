@@ -63,6 +63,7 @@ class GroupBuffer(Generic[Group]):
     async def drop(self, ticket: int, reason: str) -> None:
         """The group of `ticket` is unusable: count it under `reason` and free its place."""
         async with self._changed:
+            assert self._groups[ticket] is None, f"ticket {ticket} is finished, it cannot be dropped"
             del self._groups[ticket]
             self.dropped[reason] += 1
             self._changed.notify_all()

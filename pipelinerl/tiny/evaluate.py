@@ -3,10 +3,9 @@
 import asyncio
 import importlib
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from pipelinerl.tasks.base import Score, Task
+from pipelinerl.tasks.base import Message, Score, Task
 from pipelinerl.types import Problem
 
 if TYPE_CHECKING:
@@ -21,12 +20,13 @@ async def grade_here(scorer: str, kwargs: Mapping[str, Any]) -> Score:
     return Score(sum(result.values()) if isinstance(result, Mapping) else float(result))
 
 
-def prompt_ids(tokenizer: "PreTrainedTokenizerFast", task: Task, problem: Problem) -> list[int]:
-    """The tokens in front of the completion, as a rollout of `task` renders them."""
-    messages = asyncio.run(task.env(problem, grade_here).start())
-    chat = [{"role": message.role, "content": message.content} for message in messages]
-    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer.encode(text, add_special_tokens=False))
+def prompt_ids(tokenizer: "PreTrainedTokenizerFast", task: Task, problems: Sequence[Problem]) -> list[list[int]]:
+    """Per problem, the tokens in front of the completion, as a rollout of `task` renders them."""
+
+    async def conversations() -> list[tuple[Message, ...]]:
+        return [await task.env(problem, grade_here).start() for problem in problems]
+
+    return [_render(tokenizer, messages) for messages in asyncio.run(conversations())]
 
 
 def accuracy(
@@ -37,20 +37,28 @@ def accuracy(
     max_tokens: int,
     temperature: float,
 ) -> float:
-    """Mean reward over one completion per problem, in [0, 1]; temperature 0 is greedy."""
-    prompts = [(prompt_ids(tokenizer, task, problem), problem) for problem in problems]
-    prompts.sort(key=lambda pair: len(pair[0]))
-    rewards = []
-    for _, same_length in groupby(prompts, key=lambda pair: len(pair[0])):
-        batch = list(same_length)
-        for (_, problem), tokens in zip(
-            batch, sample(model, [ids for ids, _ in batch], max_tokens, temperature), strict=True
-        ):
-            text = tokenizer.decode(tokens, skip_special_tokens=True)
-            step = asyncio.run(task.env(problem, grade_here).step(text, truncated=len(tokens) == max_tokens))
-            assert step.score is not None, "the synthetic tasks have one turn"
-            rewards.append(step.score.reward)
-    return sum(rewards) / len(rewards)
+    """Mean reward over one completion per problem, in [0, 1]; temperature 0 is greedy.
+
+    The prompts must have the same length, as those of a sort task do.
+    """
+    completions = sample(model, prompt_ids(tokenizer, task, problems), max_tokens, temperature)
+    texts = [str(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in completions]
+    truncated = [len(tokens) == max_tokens for tokens in completions]
+
+    async def rewards() -> list[float]:
+        envs = [task.env(problem, grade_here) for problem in problems]
+        steps = [await env.step(text, cut) for env, text, cut in zip(envs, texts, truncated, strict=True)]
+        return [step.score.reward for step in steps if step.score is not None]
+
+    earned = asyncio.run(rewards())
+    assert len(earned) == len(problems), "the synthetic tasks have one turn"
+    return sum(earned) / len(earned)
+
+
+def _render(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message]) -> list[int]:
+    chat = [{"role": message.role, "content": message.content} for message in messages]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer.encode(text, add_special_tokens=False))
 
 
 def sample(

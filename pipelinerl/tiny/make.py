@@ -6,7 +6,6 @@ load like any other. `recipe.json` in it records how it was made: the same recip
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -33,7 +32,7 @@ class Architecture:
     """A Qwen2 with a tied head. Head size 32 is the smallest that vLLM's CPU attention takes."""
 
     hidden_size: int = 128
-    layers: int = 4
+    layers: int = 2
     heads: int = 4
     kv_heads: int = 2
     intermediate_size: int = 384
@@ -52,7 +51,7 @@ class Recipe:
     architecture: Architecture = Architecture()
 
     def as_json(self) -> dict[str, Any]:
-        from pipelinerl.tiny.tokenizer import CHAT_TEMPLATE, CHARACTERS, SPECIALS
+        from pipelinerl.tiny.tokenizer import CHARACTERS, CHAT_TEMPLATE, SPECIALS
         from pipelinerl.tiny.warm_start import WarmStart
 
         training = asdict(WarmStart(target=self.target, temperature=self.temperature))
@@ -83,13 +82,18 @@ def make(out: Path, recipe: Recipe, force: bool = False) -> None:
     """
     if out.exists() and not force:
         raise ConfigError(f"{out} exists and was made with another recipe; pass --force to replace it, or --out DIR")
-    _quiet_libraries()
+    import torch
+
     from pipelinerl.tasks.registry import build_task
     from pipelinerl.tiny.tokenizer import build_tokenizer
     from pipelinerl.tiny.warm_start import WarmStart, warm_start
 
+    # The model is too small for more threads, and with one the result is the same on a busy machine.
+    torch.set_num_threads(1)
     started = time.monotonic()
-    task = build_task(SortTask(digits=recipe.digits, scratchpad=recipe.task == "sort_scratchpad"), recipe.seed)
+    task = build_task(
+        SortTask.model_validate({"digits": recipe.digits, "scratchpad": recipe.task == "sort_scratchpad"}), recipe.seed
+    )
     tokenizer = build_tokenizer(recipe.architecture.context)
     model = build_model(recipe.architecture, tokenizer, recipe.seed)
     print(f"warm-starting {model.num_parameters():,} parameters on {recipe.task}, {recipe.digits} digits", flush=True)
@@ -97,8 +101,8 @@ def make(out: Path, recipe: Recipe, force: bool = False) -> None:
     last = warm_start(model, tokenizer, task, settings, recipe.seed, _print_progress)
     _save(out, model, tokenizer, recipe.as_json())
     print(
-        f"wrote {out}: solves {last.sampled:.0%} sampled at temperature {recipe.temperature:g}, {last.greedy:.0%} greedy "
-        f"({time.monotonic() - started:.0f} s)"
+        f"wrote {out} in {time.monotonic() - started:.0f} s: solves {last.sampled:.0%} "
+        f"sampled at temperature {recipe.temperature:g}, {last.greedy:.0%} greedy"
     )
 
 
@@ -135,7 +139,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--digits", type=int, default=6, help="length of the numbers to sort (default: 6)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--target", type=float, default=0.45, help="sampled accuracy to stop at (default: 0.45)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="at which accuracy is sampled (default: 1.0)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="at which accuracy is sampled (default: 0.8)")
     parser.add_argument("--force", action="store_true", help="replace the directory")
     args = parser.parse_args(argv)
     if not 2 <= args.digits <= 16:
@@ -156,10 +160,8 @@ def _already_made(out: Path, recipe: Recipe) -> bool:
 
 
 def _print_progress(progress: "Progress") -> None:
-    print(
-        f"step {progress.step:4d}  loss {progress.loss:.3f}  sampled {progress.sampled:.3f}  greedy {progress.greedy:.3f}",
-        flush=True,
-    )
+    accuracies = f"sampled {progress.sampled:.3f}  greedy {progress.greedy:.3f}"
+    print(f"step {progress.step:4d}  loss {progress.loss:.3f}  {accuracies}", flush=True)
 
 
 def _save(
@@ -169,7 +171,7 @@ def _save(
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        model.save_pretrained(staging)
+        _save_model(staging, model)
         tokenizer.save_pretrained(staging)
         (staging / RECIPE_FILE).write_text(json.dumps(recipe, indent=2) + "\n")
         staging.chmod(0o755)  # mkdtemp made it private
@@ -180,12 +182,16 @@ def _save(
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _quiet_libraries() -> None:
-    """One torch thread: the model is too small for more, and the result is then the same on a busy machine."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    import torch
+def _save_model(folder: Path, model: "Qwen2ForCausalLM") -> None:
+    """What `model.save_pretrained` writes, without its import of DeepSpeed (seconds, and a warning)."""
+    from safetensors.torch import save_file
 
-    torch.set_num_threads(1)
+    assert model.config.tie_word_embeddings
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
 
 
 if __name__ == "__main__":

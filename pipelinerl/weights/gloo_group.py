@@ -31,15 +31,20 @@ class GlooGroup:
     def receive(self, manifest: Manifest) -> Iterator[tuple[Sequence[Parameter], Tensor]]:
         """Yield each bucket with its filled buffer, the next bucket's broadcast already running.
 
-        A yielded buffer is overwritten two buckets later: load it before asking for more.
+        Every buffer is a new one: vLLM keeps views of what it was given until a fused layer (q, k and v, say) is
+        complete, and a layer may be spread over several buckets. At most three are alive at a time otherwise.
         """
+
+        def start(bucket: Sequence[Parameter]) -> tuple[dist.Work, Tensor]:
+            buffer = torch.empty(offsets(bucket)[1], dtype=torch.uint8)
+            return self.broadcast(buffer), buffer
+
         buckets = list(manifest.buckets())
-        sizes = [offsets(bucket)[1] for bucket in buckets]
-        staging = [torch.empty(max(sizes[i::2], default=0), dtype=torch.uint8) for i in range(2)]
-        pending = self.broadcast(staging[0][: sizes[0]]) if buckets else None
+        pending = start(buckets[0]) if buckets else None
         for index, bucket in enumerate(buckets):
             assert pending is not None
-            pending.wait()
+            work, buffer = pending
+            work.wait()
             if index + 1 < len(buckets):
-                pending = self.broadcast(staging[(index + 1) % 2][: sizes[index + 1]])
-            yield bucket, staging[index % 2][: sizes[index]]
+                pending = start(buckets[index + 1])
+            yield bucket, buffer

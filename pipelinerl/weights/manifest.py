@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+ALIGNMENT = 16  # bytes; every parameter of a bucket starts at a multiple, so that any dtype can view it
+
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
@@ -16,6 +18,11 @@ class Parameter:
     dtype: str  # a torch dtype's name, e.g. "bfloat16"
     shape: tuple[int, ...]
     nbytes: int
+
+    @property
+    def padded_nbytes(self) -> int:
+        """What it takes in a bucket's buffer."""
+        return -(-self.nbytes // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +41,11 @@ class Manifest:
         bucket: list[Parameter] = []
         size = 0
         for parameter in self.parameters:
-            if bucket and size + parameter.nbytes > self.bucket_bytes:
+            if bucket and size + parameter.padded_nbytes > self.bucket_bytes:
                 yield bucket
                 bucket, size = [], 0
             bucket.append(parameter)
-            size += parameter.nbytes
+            size += parameter.padded_nbytes
         if bucket:
             yield bucket
 
@@ -58,10 +65,10 @@ class Manifest:
         return cls(tuple(Parameter(n, d, tuple(s), b) for n, d, s, b in columns), data["bucket_bytes"])
 
 
-def offsets(bucket: Sequence[Parameter], alignment: int = 16) -> tuple[list[int], int]:
+def offsets(bucket: Sequence[Parameter]) -> tuple[list[int], int]:
     """Byte offset of each parameter in its bucket's buffer, and the buffer's size."""
     starts, position = [], 0
     for parameter in bucket:
         starts.append(position)
-        position += -(-parameter.nbytes // alignment) * alignment
+        position += parameter.padded_nbytes
     return starts, position

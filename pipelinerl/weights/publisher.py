@@ -6,11 +6,13 @@ publish   consumes     the trainer's weights after an optimizer step
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any, Protocol
 
 from pipelinerl.config.schema import WeightsConfig
-from pipelinerl.errors import WeightSyncError
+from pipelinerl.errors import WeightSyncError, WorkerDied
+
+CAUSE_GRACE_S = 3.0  # how long the other members have to report after one has failed
 
 
 class SendingTrainer(Protocol):
@@ -73,16 +75,13 @@ class Publisher:
         Raises WeightSyncError when it does not complete within `weights.timeout_s`; engines that did not get every
         byte stay paused.
         """
-        try:
-            async with asyncio.timeout(self._config.timeout_s):
-                sent, *received = await asyncio.gather(
-                    self._trainer.send_weights(),
-                    *(engine.update_weights(self._update_info, version) for engine in self._engines),
-                )
-        except TimeoutError:
-            raise WeightSyncError(
-                f"the update to version {version} took more than weights.timeout_s={self._config.timeout_s:g} s"
-            ) from None
+        sent, *received = await self._all_or_cause(
+            [
+                self._trainer.send_weights(),
+                *(engine.update_weights(self._update_info, version) for engine in self._engines),
+            ],
+            version,
+        )
         return {
             "sync/pause_s": max(times["pause_s"] for times in received),
             "sync/drain_s": max(times["drain_s"] for times in received),
@@ -91,3 +90,27 @@ class Publisher:
             "sync/bytes": float(self._bytes),
             "sync/version": float(version),
         }
+
+    async def _all_or_cause(
+        self, calls: Sequence[Coroutine[Any, Any, dict[str, float]]], version: int
+    ) -> list[dict[str, float]]:
+        """The results of all calls. When one fails, the others fail with it: raise the error that came first in fact.
+
+        A dead process breaks the connection of its peers, and their complaint may arrive before the news of its death.
+        """
+        tasks = [asyncio.ensure_future(call) for call in calls]
+        try:
+            _, pending = await asyncio.wait(tasks, timeout=self._config.timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+            errors = [task.exception() for task in tasks if task.done() and task.exception()]
+            if pending and not errors:
+                raise WeightSyncError(
+                    f"the update to version {version} took more than weights.timeout_s={self._config.timeout_s:g} s"
+                )
+            if errors:
+                await asyncio.wait(tasks, timeout=CAUSE_GRACE_S)
+                errors = [task.exception() for task in tasks if task.done() and task.exception()]
+                raise min((e for e in errors if e is not None), key=lambda error: not isinstance(error, WorkerDied))
+            return [task.result() for task in tasks]
+        finally:
+            for task in tasks:
+                task.cancel()

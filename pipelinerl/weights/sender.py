@@ -123,6 +123,7 @@ class NcclSender:
     def send(self, model: nn.Module, manifest: Manifest) -> None:
         from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
 
+        torch.cuda.synchronize()  # the producer packs on streams of its own, which do not wait for the optimizer's
         packed_nccl_broadcast_producer(
             iterator=parameters_in_order(model),
             group=self._communicator,

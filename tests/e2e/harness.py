@@ -1,0 +1,113 @@
+"""Runs of the real command in processes of their own, tagged so that every process they start can be found again."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import psutil
+
+TAG = "PIPELINERL_TEST_TAG"
+
+
+class TrainCommand:
+    """`pipelinerl train OVERRIDES` in a process group of its own, as a terminal would start it."""
+
+    def __init__(self, run_dir: Path, overrides: Sequence[str]):
+        self.run_dir = run_dir
+        self.tag = uuid.uuid4().hex
+        self._seen: set[psutil.Process] = set()
+        self._output = (run_dir.parent / f"{run_dir.name}.out").open("w+")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "pipelinerl", "train", f"run_dir={run_dir}", *overrides],
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {TAG: self.tag, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+
+    @property
+    def output(self) -> str:
+        self._output.flush()
+        return Path(self._output.name).read_text()
+
+    def wait_for_line(self, text: str, timeout_s: float = 240) -> None:
+        """Return when the output holds `text`."""
+        self.wait_until(lambda: text in self.output, f"{text!r} in the output", timeout_s)
+
+    def wait_for_step(self, step: int, timeout_s: float = 240) -> None:
+        """Return when so many optimizer steps have been recorded."""
+        metrics = self.run_dir / "metrics.jsonl"
+
+        def reached() -> bool:
+            return metrics.exists() and metrics.read_text().count('"kind": "train"') >= step
+
+        self.wait_until(reached, f"step {step} in metrics.jsonl", timeout_s)
+
+    def wait_until(self, condition: Callable[[], object], what: str, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert self.process.poll() is None, f"the run ended while waiting for {what}:\n{self.output}"
+            assert time.monotonic() < deadline, f"no {what} within {timeout_s} s:\n{self.output}"
+            time.sleep(0.1)
+
+    def interrupt_group(self) -> None:
+        """What Ctrl-C in a terminal does: SIGINT to every process of the foreground group."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def exit_code(self, timeout_s: float) -> int:
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {timeout_s} s:\n{self.output}") from None
+
+    def processes(self) -> list[psutil.Process]:
+        """All living processes of the run: those that carry its tag, adopted ones too, and whatever they started.
+
+        Graders start with a clean environment and so without the tag; they are found below their parents, and stay
+        known when those are gone.
+        """
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(TAG) == self.tag:
+                    self._seen.update(process.children(recursive=True), [process])
+            except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
+                continue
+        return [process for process in self._seen if _alive(process)]
+
+    def process_named(self, part: str) -> psutil.Process:
+        """The one process whose title or command line contains `part`."""
+        found = [process for process in self.processes() if part in _title(process)]
+        assert len(found) == 1, [_title(process) for process in self.processes()]
+        return found[0]
+
+    def leftovers(self, grace_s: float = 10) -> list[str]:
+        """Command lines of what is still alive after `grace_s` seconds."""
+        deadline = time.monotonic() + grace_s
+        while (left := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return [_title(process) for process in left]
+
+    def close(self) -> None:
+        """Kill whatever is left, so that one failed test does not disturb the next."""
+        for process in self.processes():
+            process.kill()
+        self._output.close()
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join([process.name(), *process.cmdline()])
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""

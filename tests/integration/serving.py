@@ -1,0 +1,115 @@
+"""A running vLLM engine and a trainer's policy in one process, joined by the gloo transport."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pipelinerl.config.schema import RunConfig
+from pipelinerl.engine.vllm_engine import VllmEngine
+from pipelinerl.trainer.model import PolicyModel, load_policy
+from pipelinerl.types import Completion
+from pipelinerl.weights.manifest import Manifest
+from pipelinerl.weights.sender import GlooSender, manifest_of
+
+PROMPTS = [[1, 2, 3 + index] for index in range(64)]
+
+
+class Receiver(Protocol):
+    """An engine, or a rollout worker."""
+
+    async def connect(self, init_info: dict[str, Any]) -> None: ...
+
+    async def update_weights(self, update_info: dict[str, Any], version: int) -> dict[str, float]: ...
+
+
+@dataclass
+class Link:
+    """A policy, and the transport that brings its weights to one engine."""
+
+    policy: PolicyModel
+    manifest: Manifest
+    sender: GlooSender
+    engine: Receiver
+    version: int = 0
+
+    @classmethod
+    async def make(cls, policy: PolicyModel, engine: Receiver, bucket_bytes: int, timeout_s: float = 60.0) -> "Link":
+        sender = GlooSender(timeout_s)
+        init_info = sender.listen("127.0.0.1") | {"rank_offset": 1, "world_size": 2}
+        await asyncio.gather(asyncio.to_thread(sender.connect, 2), engine.connect(init_info))
+        return cls(policy, manifest_of(policy.hf, bucket_bytes), sender, engine)
+
+    async def send(self) -> dict[str, float]:
+        """Bring the policy's weights, as the next version, into the running engine."""
+        self.version += 1
+        _, times = await asyncio.gather(
+            asyncio.to_thread(self.sender.send, self.policy.hf, self.manifest),
+            self.engine.update_weights(self.manifest.to_dict(), self.version),
+        )
+        return times
+
+
+@dataclass
+class Served:
+    """An engine and the policy whose weights it has, as long as tests that change the one send it to the other."""
+
+    config: RunConfig
+    engine: VllmEngine
+    link: Link
+
+    @property
+    def policy(self) -> PolicyModel:
+        return self.link.policy
+
+    async def generate(self, prompts: Sequence[list[int]], temperature: float, max_tokens: int) -> list[Completion]:
+        """One completion per prompt, all at the same time."""
+        return await asyncio.gather(*(self.engine.generate(prompt, temperature, max_tokens) for prompt in prompts))
+
+
+@asynccontextmanager
+async def serve(config: RunConfig, bucket_bytes: int = 2**20) -> AsyncIterator[Served]:
+    """An engine, shut down afterwards."""
+    engine = await VllmEngine.start(config, 0, "cpu", "gloo")
+    try:
+        policy = load_policy(config.model, config.sampling.temperature, config.trainer.logprob_chunk, False)
+        yield Served(config, engine, await Link.make(policy, engine, bucket_bytes))
+    finally:
+        await engine.shutdown()
+
+
+def trainer_logprobs(
+    policy: PolicyModel, prompt: Sequence[int], completion: Sequence[int], temperature: float = 1.0
+) -> Tensor:
+    """The trainer's logprobs [len(completion)] of a completion."""
+    ids = torch.tensor([*prompt, *completion])
+    positions = torch.arange(len(prompt) - 1, len(ids) - 1)
+    policy.temperature = temperature
+    with torch.no_grad():
+        logprobs, _ = policy(ids, torch.arange(len(ids)), [(1, len(ids))], positions, ids[positions + 1])
+    return logprobs
+
+
+def differences(
+    policy: PolicyModel, prompts: Sequence[list[int]], completions: Sequence[Completion], temperature: float = 1.0
+) -> Tensor:
+    """|engine logprob - trainer logprob| of all sampled tokens."""
+    return torch.cat(
+        [
+            (trainer_logprobs(policy, prompt, c.tokens.tolist(), temperature) - torch.from_numpy(c.logprobs)).abs()
+            for prompt, c in zip(prompts, completions, strict=True)
+        ]
+    )
+
+
+def disturb(policy: PolicyModel, scale: float, seed: int) -> None:
+    """Change every parameter by noise, as an optimizer step would; logprobs move by far more than any tolerance."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * scale
+            parameter.add_(noise.to(parameter.dtype))

@@ -1,0 +1,297 @@
+"""Fleet, trainer group and the endings of a run, without a Ray cluster: the worker processes are fakes."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.exceptions import RayActorError, RayTaskError
+
+from pipelinerl import run as run_module
+from pipelinerl.cluster.fleet import Fleet
+from pipelinerl.cluster.remote import RemoteWorker
+from pipelinerl.cluster.trainer_group import TrainerGroup
+from pipelinerl.config.schema import TrainerConfig
+from pipelinerl.errors import EnvironmentProblem, PipelineRLError, Stalled, WeightSyncError, WorkerDied
+from pipelinerl.types import GroupMeta, Problem, RankBatch, SampleRef, StepResult
+from tests.unit.fakes import SECONDS, fake_run, settle, small_config, until
+
+PROBLEM = Problem("train/0", {})
+
+
+@dataclass
+class FakeWorker:
+    """What fleet and trainer group see of a RemoteWorker: calls are recorded, and answered by `answer`."""
+
+    answer: Callable[[str], Any] = lambda _: {}
+    calls: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
+    timeouts: dict[str, float | None] = field(default_factory=dict)
+    held: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def call(self, method: str, *args: Any, timeout_s: float | None = None) -> Any:
+        self.calls.append((method, args))
+        self.timeouts[method] = timeout_s
+        answer = self.answer(method)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    async def call_pair(self, method: str, *args: Any) -> tuple[Any, Any]:
+        self.calls.append((method, args))
+        await self.held.wait()
+        answer = self.answer(method)
+        if isinstance(answer, Exception):
+            raise answer
+        return GroupMeta(args[0], args[1].id, 0, (), 0.0), f"payload {args[0]}"
+
+    async def endpoint(self, timeout_s: float) -> tuple[str, int]:
+        return "node-0", 4711
+
+
+def fleet_of(*workers: FakeWorker) -> Fleet:
+    return Fleet(workers, small_config(f"engine.count={len(workers)}"))  # type: ignore[arg-type]
+
+
+# Fleet
+
+
+async def test_a_group_goes_to_the_engine_with_the_fewest_in_flight() -> None:
+    workers = [FakeWorker() for _ in range(3)]
+    fleet = fleet_of(*workers)
+    tasks = [asyncio.create_task(fleet.rollout(i, PROBLEM)) for i in range(5)]
+    await settle()
+    assert [len(worker.calls) for worker in workers] == [2, 2, 1]
+    workers[1].held.set()  # its two groups finish, so the next two are its own
+    await until(lambda: tasks[1].done() and tasks[4].done())
+    workers[1].held.clear()
+    tasks += [asyncio.create_task(fleet.rollout(i, PROBLEM)) for i in (5, 6)]
+    await settle()
+    assert [len(worker.calls) for worker in workers] == [2, 4, 1]
+    for worker in workers:
+        worker.held.set()
+    assert [payload for _, payload in await asyncio.gather(*tasks)] == [f"payload {i}" for i in range(7)]
+
+
+async def test_groups_that_fail_or_are_cancelled_no_longer_count_as_load() -> None:
+    failing, idle = FakeWorker(lambda _: WorkerDied("engine 0: gone")), FakeWorker()
+    fleet = fleet_of(failing, idle)
+    failing.held.set()
+    with pytest.raises(WorkerDied):
+        await fleet.rollout(0, PROBLEM)
+    cancelled = [asyncio.create_task(fleet.evaluate(i, PROBLEM)) for i in range(4)]
+    await settle()
+    for task in cancelled:
+        task.cancel()
+    await asyncio.wait(cancelled)
+    assert [engine.in_flight for engine in fleet.engines] == [0, 0]
+    busy = fleet.busy_s()
+    await asyncio.sleep(0.01)
+    assert fleet.busy_s() == busy
+
+
+async def test_busy_time_is_counted_while_any_engine_has_a_group() -> None:
+    workers = [FakeWorker(), FakeWorker()]
+    fleet = fleet_of(*workers)
+    assert fleet.busy_s() == 0
+    first, second = (asyncio.create_task(fleet.rollout(i, PROBLEM)) for i in range(2))
+    await asyncio.sleep(0.02)
+    workers[0].held.set()
+    await first
+    half = fleet.busy_s()
+    assert half >= 0.02
+    await asyncio.sleep(0.02)  # the other engine is busy still
+    workers[1].held.set()
+    await second
+    total = fleet.busy_s()
+    assert total >= half + 0.02
+    await asyncio.sleep(0.02)
+    assert fleet.busy_s() == total
+
+
+async def test_one_sick_engine_makes_the_fleet_sick() -> None:
+    fleet = fleet_of(FakeWorker(lambda _: 3), FakeWorker(lambda _: WorkerDied("engine 1: gone")))
+    with pytest.raises(WorkerDied, match="engine 1"):
+        await fleet.check_health()
+
+
+# Trainer group
+
+
+def trainer_group(*ranks: FakeWorker) -> TrainerGroup:
+    return TrainerGroup(ranks, TrainerConfig(ranks=len(ranks), step_timeout_s=7.0, start_timeout_s=3.0))  # type: ignore[arg-type]
+
+
+async def test_a_rank_is_sent_only_the_groups_it_trains_on() -> None:
+    ranks = [FakeWorker(lambda _: StepResult(1, {"rank": 0.0}, True)) for _ in range(2)]
+    a, b, c, d = SampleRef(3, 1, 0.5, 10), SampleRef(1, 0, -1.0, 20), SampleRef(3, 0, 2.0, 30), SampleRef(0, 4, 0.0, 5)
+    batches = [RankBatch(((a, b), (c,)), loss_tokens=50, samples=4), RankBatch(((d,), ()), loss_tokens=50, samples=4)]
+    result = await trainer_group(*ranks).step(batches, ["ref 0", "ref 1", "ref 2", "ref 3"])
+    assert result.version == 1
+    # Rank 0 uses groups 1 and 3, which are 0 and 1 to it; rank 1 uses group 0 and has a dummy micro-batch.
+    own = ((SampleRef(1, 1, 0.5, 10), SampleRef(0, 0, -1.0, 20)), (SampleRef(1, 0, 2.0, 30),))
+    assert ranks[0].calls == [("step", (RankBatch(own, 50, 4), "ref 1", "ref 3"))]
+    assert ranks[1].calls == [("step", (RankBatch(((d,), ()), 50, 4), "ref 0"))]
+    assert ranks[0].timeouts == {"step": 7.0}
+
+
+async def test_all_ranks_meet_at_the_node_of_rank_0_which_alone_sends_weights() -> None:
+    ranks = [FakeWorker() for _ in range(3)]
+    group = trainer_group(*ranks)
+    await group.setup()
+    await group.listen("gloo")
+    await group.connect_weights(3)
+    await group.send_weights()
+    await group.export("model")
+    meet = ("setup", ("node-0", 4711))
+    rest = [("listen", ("gloo", "node-0")), ("connect", (3,)), ("send_weights", ()), ("export", ("model",))]
+    assert [rank.calls for rank in ranks] == [[meet, *rest], [meet], [meet]]
+    assert ranks[2].timeouts == {"setup": 3.0}
+
+
+# What a call of a worker process raises
+
+
+class FakeActor:
+    """A Ray actor whose `call` gives `outcome` when awaited."""
+
+    def __init__(self, outcome: Callable[[], Awaitable[Any]]) -> None:
+        self._outcome = outcome
+
+    @property
+    def call(self) -> "FakeActor":
+        return self
+
+    def remote(self, method: str, *args: Any) -> Awaitable[Any]:
+        return self._outcome()
+
+
+def worker_that(outcome: Callable[[], Awaitable[Any]]) -> RemoteWorker:
+    return RemoteWorker("engine 0", FakeActor(outcome), Path("logs/engine_0.log"))
+
+
+def raising(error: Exception) -> Callable[[], Awaitable[Any]]:
+    async def outcome() -> Any:
+        raise error
+
+    return outcome
+
+
+def task_error(cause: Exception) -> Exception:
+    """What Ray raises here when a method raised `cause` there: an error that is of both types."""
+    error: Exception = RayTaskError("call", "a traceback", cause).as_instanceof_cause()
+    assert isinstance(error, type(cause)) and isinstance(error, RayTaskError)
+    return error
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected", "text"),
+    [
+        (task_error(WeightSyncError("broke off")), WeightSyncError, r"^broke off$"),
+        (
+            task_error(ValueError("bad\nmore")),
+            WorkerDied,
+            r"engine 0: step raised ValueError: bad; see .*engine_0\.log",
+        ),
+        (task_error(TimeoutError("socket")), WorkerDied, r"engine 0: step raised TimeoutError: socket; see"),
+        (RayActorError(), WorkerDied, r"engine 0: its process died during step; see .*engine_0\.log"),
+    ],
+)
+async def test_an_error_in_a_worker_arrives_with_its_cause(
+    raised: Exception, expected: type[PipelineRLError], text: str
+) -> None:
+    with pytest.raises(expected, match=text):
+        await worker_that(raising(raised)).call("step")
+
+
+async def test_a_call_that_takes_too_long_is_a_stall() -> None:
+    async def never() -> None:
+        await asyncio.Event().wait()
+
+    with pytest.raises(Stalled, match=r"engine 0: step took more than 0\.01 s; see .*engine_0\.log"):
+        await worker_that(never).call("step", timeout_s=0.01)
+
+
+# How a run ends
+
+
+@pytest.fixture
+def session(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Awaitable[None]]], Awaitable[int]]:
+    """Run something in the place of a session and return the exit code."""
+
+    async def ends_with(body: Callable[[], Awaitable[None]]) -> int:
+        async def fake_session(_: Any) -> None:
+            await body()
+
+        monkeypatch.setattr(run_module, "_session", fake_session)
+        return await run_module._until_done_or_signal(small_config())
+
+    return ends_with
+
+
+Session = Callable[[Callable[[], Awaitable[None]]], Awaitable[int]]
+
+
+@pytest.mark.parametrize(("which", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+async def test_a_signal_cancels_the_session_and_decides_the_exit_code(
+    session: Session, which: signal.Signals, code: int
+) -> None:
+    ended = []
+
+    async def body() -> None:
+        os.kill(os.getpid(), which)
+        try:
+            await asyncio.sleep(SECONDS)
+        finally:
+            ended.append(True)
+
+    assert await session(body) == code
+    assert ended == [True]
+
+
+async def test_an_error_that_a_signal_brought_about_does_not_hide_it(
+    session: Session, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def body() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        try:
+            await asyncio.sleep(SECONDS)
+        finally:
+            raise WorkerDied("engine 0: its process died")
+
+    assert await session(body) == 130
+    assert "engine 0: its process died" in capsys.readouterr().err
+
+
+async def test_without_a_signal_an_error_is_raised_and_success_is_0(session: Session) -> None:
+    async def fails() -> None:
+        raise EnvironmentProblem("no room")
+
+    async def succeeds() -> None:
+        pass
+
+    with pytest.raises(EnvironmentProblem):
+        await session(fails)
+    assert await session(succeeds) == 0
+
+
+async def test_a_signal_does_not_cut_the_clean_up_short(session: Session) -> None:
+    closed = []
+
+    async def close() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(0.05)
+        closed.append(True)
+
+    await session(lambda: run_module._to_the_end(close))
+    assert closed == [True]
+
+
+async def test_a_run_directory_that_holds_a_run_is_left_alone(tmp_path: Path) -> None:
+    run = fake_run(tmp_path)
+    run.log.log("train", 1, {})
+    with pytest.raises(PipelineRLError, match="holds a run already; choose another run_dir"):
+        run_module._new_run_dir(small_config(f"run_dir={tmp_path}"))

@@ -1,0 +1,210 @@
+"""The lag contract, under schedules chosen by hypothesis and worked out by hand."""
+
+import asyncio
+from collections import Counter
+from dataclasses import dataclass, field
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelinerl.rollout.buffer import GroupBuffer
+from tests.unit.fakes import SECONDS, settle
+
+
+@dataclass
+class Case:
+    groups_per_step: int
+    max_lag: int
+    every: int  # optimizer steps between updates
+    steps: int
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    max_lag = draw(st.integers(0, 4))
+    return Case(draw(st.integers(1, 4)), max_lag, draw(st.integers(1, max_lag + 1)), draw(st.integers(1, 8)))
+
+
+@dataclass
+class Simulation:
+    """Engines, trainer and weight updates as three sources of events, of which the schedule picks one at a time."""
+
+    case: Case
+    buffer: GroupBuffer[int]
+    version: int = 0  # that the engines serve
+    admitted_at: dict[int, int] = field(default_factory=dict)  # ticket -> version then
+    running: set[int] = field(default_factory=set)
+    dropped: Counter[str] = field(default_factory=Counter)
+    dropped_tickets: list[int] = field(default_factory=list)
+    taken: list[list[int]] = field(default_factory=list)  # [step][group]
+    stepping: bool = False
+    may_finish_step: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def admit(self) -> None:
+        while True:
+            ticket = await self.buffer.admit()
+            self.admitted_at[ticket] = self.version
+            self.running.add(ticket)
+
+    async def train(self) -> None:
+        for step in range(1, self.case.steps + 1):
+            self.taken.append(await self.buffer.take())
+            self.stepping = True
+            await self.may_finish_step.wait()
+            self.may_finish_step.clear()
+            self.stepping = False
+            if step % self.case.every == 0 or step == self.case.steps:
+                self.version = step
+                await self.buffer.published(step)
+
+    async def play(self, random: Random) -> None:
+        """One random event after the other until all steps are done. Any state in which nothing can happen fails."""
+        drops_left = 20
+        async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
+            admitting, training = group.create_task(self.admit()), group.create_task(self.train())
+            while True:
+                await settle(8)
+                self.check_admission()
+                if training.done():
+                    break
+                events = ["finish"] * bool(self.running) + ["step"] * self.stepping
+                assert events, f"deadlock after {len(self.taken)} steps"
+                if random.choice(events) == "step":
+                    self.may_finish_step.set()
+                    continue
+                ticket = random.choice(sorted(self.running))
+                self.running.remove(ticket)
+                if drops_left and random.random() < 0.25:
+                    drops_left -= 1
+                    reason = random.choice(["errored", "filtered"])
+                    self.dropped[reason] += 1
+                    self.dropped_tickets.append(ticket)
+                    await self.buffer.drop(ticket, reason)
+                else:
+                    await self.buffer.put(ticket, ticket)
+            admitting.cancel()
+
+    def check_admission(self) -> None:
+        """As many groups as the bound allows and the run needs: not one more, and not one less."""
+        case = self.case
+        kept = len(self.admitted_at) - len(self.dropped_tickets)
+        last_step = min(self.version + case.max_lag + 1, case.steps)
+        assert kept == last_step * case.groups_per_step
+
+
+@settings(deadline=None, max_examples=150)
+@given(cases(), st.randoms(use_true_random=False))
+def test_the_contract_holds_under_every_schedule(case: Case, random: Random) -> None:
+    async def simulate() -> Simulation:
+        simulation = Simulation(case, GroupBuffer(case.groups_per_step, case.max_lag, case.steps))
+        await simulation.play(random)
+        return simulation
+
+    done = asyncio.run(simulate())
+    assert [len(groups) for groups in done.taken] == [case.groups_per_step] * case.steps
+    for trained_by, groups in enumerate(done.taken):  # the step that makes version v + 1 trains with version v
+        oldest = min(done.admitted_at[ticket] for ticket in groups)
+        assert 0 <= trained_by - oldest <= case.max_lag
+    in_order = [ticket for groups in done.taken for ticket in groups]
+    assert in_order == sorted(in_order)
+    assert sorted(in_order + done.dropped_tickets) == sorted(done.admitted_at)  # each taken once or dropped once
+    assert done.buffer.dropped == done.dropped
+    assert (done.buffer.running, done.buffer.ready) == (0, 0)
+
+
+class Admissions:
+    """Admits whatever the buffer allows, into `tickets`."""
+
+    def __init__(self, buffer: GroupBuffer[str]) -> None:
+        self.tickets: list[int] = []
+        self._buffer = buffer
+        self._task = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        while True:
+            self.tickets.append(await self._buffer.admit())
+
+    async def __aenter__(self) -> "Admissions":
+        await settle()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._task.cancel()
+
+
+async def test_without_lag_generation_and_training_alternate() -> None:
+    buffer: GroupBuffer[str] = GroupBuffer(groups_per_step=2, max_lag=0, steps=3)
+    async with Admissions(buffer) as admitted:
+        for version in range(3):
+            first = 2 * version
+            assert admitted.tickets[first:] == [first, first + 1]
+            await buffer.put(first, "a")
+            await buffer.put(first + 1, "b")
+            await settle()
+            assert len(admitted.tickets) == first + 2  # finished, not yet trained on: nothing may start
+            assert await buffer.take() == ["a", "b"]
+            await settle()
+            assert len(admitted.tickets) == first + 2  # trained on, not yet published
+            await buffer.published(version + 1)
+            await settle()
+        assert len(admitted.tickets) == 6  # of 3 steps; the last update admits nothing
+
+
+async def test_a_step_waits_for_its_oldest_group_however_many_younger_ones_are_ready() -> None:
+    buffer: GroupBuffer[str] = GroupBuffer(groups_per_step=2, max_lag=1, steps=9)
+    async with Admissions(buffer) as admitted:
+        assert admitted.tickets == [0, 1, 2, 3]
+        for ticket in (3, 1, 2):
+            await buffer.put(ticket, f"group {ticket}")
+        taking = asyncio.create_task(buffer.take())
+        await settle()
+        assert not taking.done()
+        assert (buffer.running, buffer.ready) == (1, 3)
+        await buffer.put(0, "group 0")
+        assert await taking == ["group 0", "group 1"]
+        assert (buffer.running, buffer.ready) == (0, 2)
+
+
+async def test_a_dropped_group_is_counted_and_its_place_given_to_the_next() -> None:
+    buffer: GroupBuffer[str] = GroupBuffer(groups_per_step=2, max_lag=0, steps=1)
+    async with Admissions(buffer) as admitted:
+        await buffer.put(1, "group 1")
+        taking = asyncio.create_task(buffer.take())
+        await buffer.drop(0, "errored")
+        await settle()
+        assert admitted.tickets == [0, 1, 2]
+        await buffer.drop(2, "errored")
+        await settle()
+        await buffer.put(3, "group 3")
+        assert await taking == ["group 1", "group 3"]
+        assert buffer.dropped == {"errored": 2}
+
+
+async def test_a_waiter_that_is_cancelled_takes_nothing_with_it() -> None:
+    buffer: GroupBuffer[str] = GroupBuffer(groups_per_step=1, max_lag=0, steps=2)
+    assert await buffer.admit() == 0
+    for waiting in (buffer.admit(), buffer.take()):
+        task = asyncio.create_task(waiting)
+        await settle()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    await buffer.put(0, "group 0")
+    assert await buffer.take() == ["group 0"]
+    await buffer.published(1)
+    assert await buffer.admit() == 1
+
+
+async def test_what_may_not_happen_is_refused() -> None:
+    buffer: GroupBuffer[str] = GroupBuffer(groups_per_step=2, max_lag=0, steps=2)
+    await buffer.admit()
+    await buffer.put(0, "group 0")
+    with pytest.raises(AssertionError, match="put twice"):
+        await buffer.put(0, "group 0")
+    with pytest.raises(AssertionError, match="cannot be dropped"):
+        await buffer.drop(0, "errored")
+    await buffer.published(1)
+    with pytest.raises(AssertionError, match="version 0 follows 1"):
+        await buffer.published(0)

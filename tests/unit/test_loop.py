@@ -1,0 +1,407 @@
+"""The training loop and the loops beside it, on fakes: order, overlap, endings and what is written."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from pipelinerl import loop
+from pipelinerl.errors import BudgetSpent, EnvironmentProblem, PipelineRLError, Stalled, WorkerDied
+from pipelinerl.loop import train
+from pipelinerl.metrics.log import read_metrics
+from pipelinerl.metrics.rollouts import read_rollouts
+from pipelinerl.types import Outcome
+from tests.unit.fakes import (
+    COMPLETION_TOKENS,
+    PROMPT_TOKENS,
+    SECONDS,
+    FakeRun,
+    Gate,
+    fake_run,
+    settle,
+    small_config,
+    until,
+)
+
+OK, ERROR, ABORT, TIMEOUT = Outcome.OK, Outcome.ENV_ERROR, Outcome.INFRA_ABORT, Outcome.VERIFIER_TIMEOUT
+
+
+@asynccontextmanager
+async def training(run: FakeRun) -> AsyncIterator["asyncio.Task[None]"]:
+    """`train` as a task, ended when the test ends."""
+    task = asyncio.create_task(train(run))
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+async def finish(run: FakeRun) -> None:
+    async with asyncio.timeout(SECONDS):
+        await train(run)
+
+
+async def error_of(run: FakeRun) -> BaseException:
+    """The error that training ends with; nothing of the run may be left behind."""
+    before = asyncio.all_tasks()
+    with pytest.raises(PipelineRLError) as caught:
+        await finish(run)
+    assert asyncio.all_tasks() == before
+    return caught.value
+
+
+def lines(run: FakeRun, kind: str) -> list[dict[str, Any]]:
+    return [record for record in read_metrics(run.log.path) if record["kind"] == kind]
+
+
+def trained_ids(run: FakeRun) -> list[list[int]]:
+    return [[group.id for group in groups] for groups in run.trainer.groups]
+
+
+# What a run does, in order
+
+
+async def test_steps_train_on_groups_in_order_of_admission_and_each_is_published(tmp_path: Path) -> None:
+    run = fake_run(tmp_path)
+    await finish(run)
+    assert trained_ids(run) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert run.publisher.published == [0, 1, 2, 3, 4]
+    assert [(line["step"], line["optim/loss"], line["sync/version"]) for line in lines(run, "train")] == [
+        (1, 1.0, 1.0),
+        (2, 2.0, 2.0),
+        (3, 3.0, 3.0),
+        (4, 4.0, 4.0),
+    ]
+
+
+@pytest.mark.parametrize(("every", "published"), [(2, [0, 2, 4, 5]), (3, [0, 3, 5]), (9, [0, 5])])
+async def test_weights_are_published_every_k_steps_and_after_the_last(
+    tmp_path: Path, every: int, published: list[int]
+) -> None:
+    run = fake_run(tmp_path, "steps=5", f"weights.every={every}", f"async.max_lag={every}")
+    await finish(run)
+    assert run.publisher.published == published
+    with_update = [line["step"] for line in lines(run, "train") if "sync/version" in line]
+    assert with_update == published[1:]
+
+
+@pytest.mark.parametrize("lag", [0, 1, 3])
+async def test_no_token_is_older_than_the_bound_and_the_bound_is_used(tmp_path: Path, lag: int) -> None:
+    run = fake_run(tmp_path, f"async.max_lag={lag}", "steps=8")
+    await finish(run)
+    oldest = [line["staleness/max"] for line in lines(run, "train")]
+    # At step s (trained by version s - 1) a group can be s - 1 versions old, from the start of the run, or `lag`.
+    # These engines answer at once, so that the oldest groups are as old as that.
+    assert oldest == [min(step, lag) for step in range(8)]
+
+
+async def test_evaluations_are_of_one_version_each_while_training_groups_go_on(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, "eval.every=2", "steps=5")
+    await finish(run)
+    assert run.fleet.evaluated == [(version, f"eval/{i}") for version in (0, 2, 4, 5) for i in range(3)]
+    for line, version in zip(lines(run, "eval"), (0, 2, 4, 5), strict=True):
+        assert line["step"] == version
+        assert line["eval/fake/accuracy"] == pytest.approx(1 / 3)  # the fake solves the first of three
+        assert (line["eval/fake/problems"], line["eval/fake/errored"]) == (3, 0)
+        assert line["eval/fake/tokens_mean"] == COMPLETION_TOKENS
+
+
+async def test_with_rarer_updates_only_versions_that_engines_get_can_be_evaluated(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, "weights.every=2", "eval.every=4", "steps=9")
+    await finish(run)
+    assert sorted({version for version, _ in run.fleet.evaluated}) == [0, 4, 8, 9]
+    with pytest.raises(ValidationError, match=r"eval\.every=3 with weights\.every=2: version 3 never reaches"):
+        small_config("weights.every=2", "eval.every=3")
+
+
+async def test_version_0_is_evaluated_before_anything_is_generated(tmp_path: Path) -> None:
+    run = fake_run(tmp_path)
+    run.fleet.eval_gate.close()
+    async with training(run) as task:
+        await until(lambda: run.fleet.eval_gate.arrived == 3)
+        await settle()
+        assert run.fleet.started == [] and run.publisher.published == [0]
+        run.fleet.eval_gate.open()
+        await task
+
+
+async def test_no_update_happens_during_an_evaluation(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, "eval.every=1", "eval.at_start=false")
+    run.fleet.eval_gate.close()
+    async with training(run) as task:
+        await until(lambda: run.fleet.eval_gate.arrived == 3)
+        await settle()
+        assert run.publisher.published == [0, 1]
+        assert len(run.fleet.finished) > 2  # generation goes on
+        run.fleet.eval_gate.open()
+        await task
+
+
+@pytest.mark.parametrize(("overrides", "held_out"), [(["eval.at_start=false", "eval.at_end=false"], 3), ([], 0)])
+async def test_nothing_to_evaluate_is_no_line_at_all(tmp_path: Path, overrides: list[str], held_out: int) -> None:
+    run = fake_run(tmp_path, *overrides, held_out=held_out)
+    await finish(run)
+    assert lines(run, "eval") == []
+
+
+# Overlap
+
+
+async def test_async_generation_goes_on_while_a_step_is_held_up(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, "async.max_lag=1", "steps=6")
+    held = run.trainer.gates[2] = Gate()
+    held.close()
+    async with training(run) as task:
+        await until(lambda: held.arrived == 1)
+        await settle()
+        # Engines serve version 1, so places up to (1 + 1 + 1) * 2 are out, and all of them finish under step 2.
+        assert run.fleet.finished == list(range(6))
+        assert trained_ids(run) == [[0, 1], [2, 3]]
+        held.open()
+        await task
+    assert run.fleet.started == list(range(12))
+
+
+async def test_groups_finish_during_a_step_and_across_an_update(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, "async.max_lag=1", "steps=3")
+    held = run.trainer.gates[1] = Gate()
+    held.close()
+    async with training(run) as task:
+        await until(lambda: held.arrived == 1)
+        await settle()
+        assert (run.fleet.started, run.fleet.finished) == ([0, 1, 2, 3], [0, 1, 2, 3])
+        run.fleet.gate.close()  # from here on groups take long
+        held.open()
+        await until(lambda: run.fleet.gate.arrived == 6)  # 4 and 5 started under version 1
+        await until(lambda: run.publisher.published[-1] == 2)
+        run.fleet.gate.open()
+        await task
+    # Groups 4 and 5: one token of 3 by version 1 and two by version 2, which trains them: 1/3 of the tokens has lag 1.
+    last = lines(run, "train")[-1]
+    assert (last["step"], last["staleness/max"], last["staleness/multi_version_frac"]) == (3, 1, 1)
+    assert last["staleness/mean"] == pytest.approx(1 / 3)
+
+
+async def test_sync_generation_stands_still_during_step_and_update(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, "async.mode=sync")
+    step, update = run.trainer.gates[2], run.publisher.gates[2] = Gate(), Gate()
+    step.close()
+    update.close()
+    async with training(run) as task:
+        await until(lambda: step.arrived == 1)
+        await settle()
+        assert run.fleet.started == [0, 1, 2, 3]
+        step.open()
+        await until(lambda: update.arrived == 1)
+        await settle()
+        assert run.fleet.started == [0, 1, 2, 3]
+        update.open()
+        await task
+    assert run.fleet.started == list(range(8))
+    assert all(line["staleness/max"] == 0 for line in lines(run, "train"))
+
+
+# Groups that are not whole
+
+
+async def test_completions_that_were_not_scored_are_in_no_batch_and_no_denominator(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, "batch.group_size=4", "steps=1", "algo.advantage=loo")
+    run.fleet.outcomes = lambda group: [OK, ERROR, OK, OK] if group == 1 else [OK] * 4
+    run.fleet.rewards = lambda group: [1.0, float("nan") if group == 1 else 1.0, 0.0, 0.0]
+    await finish(run)
+    [[batch]] = run.trainer.batches
+    refs = {(ref.group, ref.rollout): ref for micro_batch in batch.micro_batches for ref in micro_batch}
+    assert all(ref.length == PROMPT_TOKENS + COMPLETION_TOKENS for ref in refs.values())
+    # Leave-one-out. Group 0, rewards 1 1 0 0: 1 - 1/3 twice, then 0 - 2/3 twice.
+    # Group 1, rewards 1 - 0 0: 1 - 0, then 0 - 1/2 twice; rollout 1 is nowhere.
+    two_thirds = {(0, 0): 2 / 3, (0, 1): 2 / 3, (0, 2): -2 / 3, (0, 3): -2 / 3}
+    expected = two_thirds | {(1, 0): 1.0, (1, 2): -0.5, (1, 3): -0.5}
+    assert {place: ref.advantage for place, ref in refs.items()} == pytest.approx(expected)
+    assert (batch.samples, batch.loss_tokens) == (7, 7 * COMPLETION_TOKENS)
+    [line] = lines(run, "train")
+    assert (line["groups/errored"], line["outcome/env_error"], line["reward/mean"]) == (1, 1, pytest.approx(3 / 7))
+
+
+@pytest.mark.parametrize("ends", [[ABORT, ABORT], [ERROR, TIMEOUT], [OK, ERROR]])
+async def test_a_group_with_fewer_than_two_scored_is_replaced_and_counted(tmp_path: Path, ends: list[Outcome]) -> None:
+    run = fake_run(tmp_path)
+    run.fleet.outcomes = lambda group: ends if group in (1, 2, 5) else [OK, OK]
+    await finish(run)
+    assert trained_ids(run) == [[0, 3], [4, 6], [7, 8], [9, 10]]
+    assert run.buffer.dropped == {"errored": 3}
+    assert sum(line["groups/errored"] for line in lines(run, "train")) == 3  # each is reported once
+
+
+async def test_a_drop_is_reported_by_the_next_step_only(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, "async.mode=sync", "steps=3")
+    run.fleet.outcomes = lambda group: [ERROR, ERROR] if group == 2 else [OK, OK]
+    await finish(run)
+    assert [line["groups/errored"] for line in lines(run, "train")] == [0, 1, 0]
+
+
+async def test_too_many_unusable_groups_in_a_row_end_the_run(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, "batch.max_dropped_groups_in_a_row=3", "async.max_lag=0")
+    run.fleet.outcomes = lambda group: [ERROR, ERROR] if group in (1, 4, 5, 6, 7) else [OK, OK]
+    error = await error_of(run)
+    assert isinstance(error, BudgetSpent) and error.exit_code == 5
+    assert "3 groups in a row" in str(error) and "batch.max_dropped_groups_in_a_row" in str(error)
+    assert "no reward" in str(error)  # what the last one said
+    assert run.buffer.dropped == {"errored": 4}  # group 1 counts too, but groups 2 and 3 were in between
+
+
+async def test_too_many_skipped_steps_in_a_row_end_the_run_after_they_are_logged(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, "trainer.max_skipped_steps=1", "steps=9")
+    run.trainer.skips = {1, 3, 5, 6}
+    error = await error_of(run)
+    assert isinstance(error, BudgetSpent) and "trainer.max_skipped_steps=1" in str(error)
+    assert [line["step"] for line in lines(run, "train")] == [1, 2, 3, 4, 5, 6]
+
+
+# What is written
+
+
+async def test_the_groups_of_a_step_are_written_with_their_advantages(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, "metrics.rollout_groups_per_step=1", "steps=2")
+    await finish(run)
+    written = read_rollouts(tmp_path)
+    # Of groups 0, 1 | 2, 3 the first of each step; rewards 0 and 1 have leave-one-out advantages -1 and 1.
+    assert [(r["step"], r["group_id"], r["rollout"], r["reward"], r["advantage"]) for r in written] == [
+        (1, 0, 0, 0.0, -1.0),
+        (1, 0, 1, 1.0, 1.0),
+        (2, 2, 0, 0.0, -1.0),
+        (2, 2, 1, 1.0, 1.0),
+    ]
+    assert written[0]["weight_versions"] == [[0, 0, COMPLETION_TOKENS]]
+
+
+async def test_every_step_has_its_speed_and_its_groups_in_the_log(tmp_path: Path) -> None:
+    run = fake_run(tmp_path)
+    await finish(run)
+    for line in lines(run, "train"):
+        assert line["reward/mean"] == 0.5 and line["completion/tokens_mean"] == COMPLETION_TOKENS
+        assert line["perf/step_s"] > 0
+        assert line["perf/samples_per_s"] == pytest.approx(4 / line["perf/step_s"])
+        # 4 rollouts of prompt and completion in the 1e-6 s that the fake trainer claims
+        assert line["perf/trainer_tokens_per_s"] == pytest.approx(4 * (PROMPT_TOKENS + COMPLETION_TOKENS) / 1e-6)
+        assert line["perf/rollout_idle_frac"] == 1 and 0 < line["perf/trainer_idle_frac"] < 1
+    assert lines(run, "train")[-1]["buffer/running"] == 0
+
+
+# Endings
+
+
+def engine_dies_in_a_group(run: FakeRun, error: Exception) -> None:
+    run.fleet.fails_at[3] = error
+
+
+def engine_dies_in_an_evaluation(run: FakeRun, error: Exception) -> None:
+    run.fleet.eval_fails_at[1] = error
+
+
+def trainer_dies(run: FakeRun, error: Exception) -> None:
+    run.trainer.fails_at[2] = error
+
+
+def engine_is_found_dead(run: FakeRun, error: Exception) -> None:
+    run.fleet.gate.close()
+    run.fleet.sick = error
+
+
+def engine_is_found_dead_in_the_first_evaluation(run: FakeRun, error: Exception) -> None:
+    run.fleet.eval_gate.close()
+    run.fleet.sick = error
+
+
+def rollouts_cannot_be_written(run: FakeRun, error: Exception) -> None:
+    def write(*_: object) -> None:
+        raise error
+
+    run.trainer.gates[1] = Gate()
+    run.trainer.gates[1].close()  # a step that would take for ever
+    run.rollouts.write = write  # type: ignore[method-assign, assignment]
+
+
+@pytest.mark.parametrize(
+    "arrange",
+    [
+        engine_dies_in_a_group,
+        engine_dies_in_an_evaluation,
+        trainer_dies,
+        engine_is_found_dead,
+        engine_is_found_dead_in_the_first_evaluation,
+        rollouts_cannot_be_written,
+    ],
+)
+@pytest.mark.parametrize("error", [WorkerDied("engine 0: gone"), EnvironmentProblem("disk full")])
+async def test_an_error_of_any_part_surfaces_as_it_is_and_ends_the_others(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arrange: Callable[[FakeRun, Exception], None],
+    error: PipelineRLError,
+) -> None:
+    monkeypatch.setattr(loop, "HEALTH_INTERVAL_S", 0.01)
+    run = fake_run(tmp_path)
+    arrange(run, error)
+    assert await error_of(run) is error
+
+
+@pytest.mark.parametrize("where", ["generation", "evaluation", "step", "update"])
+async def test_cancelled_anywhere_it_leaves_nothing_running(tmp_path: Path, where: str) -> None:
+    run = fake_run(tmp_path)
+    held = Gate()
+    if where == "generation":
+        held = run.fleet.gate
+    elif where == "evaluation":
+        held = run.fleet.eval_gate
+    elif where == "step":
+        run.trainer.gates[2] = held
+    else:
+        run.publisher.gates[1] = held
+    held.close()
+    before = asyncio.all_tasks()
+    task = asyncio.create_task(train(run))
+    await until(lambda: held.arrived > 0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert asyncio.all_tasks() == before
+
+
+@pytest.mark.parametrize("held_up", ["groups", "step", "evaluation"])
+async def test_a_run_in_which_nothing_happens_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_up: str
+) -> None:
+    monkeypatch.setattr(loop, "HEALTH_INTERVAL_S", 0.01)
+    run = fake_run(tmp_path, "cluster.stall_timeout_s=0.1")
+    gate = run.trainer.gates.setdefault(2, Gate())
+    {"groups": run.fleet.gate, "step": gate, "evaluation": run.fleet.eval_gate}[held_up].close()
+    error = await error_of(run)
+    assert isinstance(error, Stalled) and "cluster.stall_timeout_s=0.1 s" in str(error)
+    if held_up == "groups":
+        assert "(6 groups running, 0 ready)" in str(error)  # max_lag=2: 3 steps of 2 groups
+
+
+async def test_any_step_group_or_evaluated_problem_is_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pause is shorter than the limit, and what comes between them is of a kind of its own."""
+    monkeypatch.setattr(loop, "HEALTH_INTERVAL_S", 0.01)
+    run = fake_run(tmp_path, "cluster.stall_timeout_s=0.3", "weights.every=4", "async.max_lag=3", "eval.at_end=false")
+    evaluations = asyncio.Semaphore(0)
+    run.fleet.eval_gate.pass_through = evaluations.acquire  # type: ignore[method-assign, assignment]
+    gates = {step: Gate() for step in (1, 2, 3)}
+    run.trainer.gates |= gates
+    for gate in gates.values():
+        gate.close()
+    async with training(run) as task:
+        for _ in range(3):  # a problem of the evaluation every 0.2 s
+            await asyncio.sleep(0.2)
+            evaluations.release()
+        for gate in gates.values():  # a step every 0.2 s; all groups are done, and no update is due
+            await asyncio.sleep(0.2)
+            gate.open()
+        await task
+    assert run.publisher.published == [0, 4]

@@ -1,0 +1,135 @@
+"""A weight update from the driver's side. The fakes meet as the real parts do: no call returns before all are in."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from pipelinerl.config.schema import WeightsConfig
+from pipelinerl.errors import WeightSyncError, WorkerDied
+from pipelinerl.weights.manifest import Manifest, Parameter
+from pipelinerl.weights.publisher import Publisher
+from tests.unit.fakes import SECONDS
+
+PARAMETERS = (Parameter("embed.weight", "bfloat16", (8, 4), 64), Parameter("norm.weight", "float32", (4,), 16))
+MANIFEST = Manifest(PARAMETERS, bucket_bytes=64).to_dict()
+
+
+class Trainer:
+    def __init__(self, meeting: asyncio.Barrier) -> None:
+        self._meeting = meeting
+        self.backend = ""
+        self.world_size = 0
+        self.sent = 0
+
+    async def listen(self, backend: str) -> dict[str, Any]:
+        self.backend = backend
+        return {"address": "node-0", "port": 4711}
+
+    async def connect_weights(self, world_size: int) -> dict[str, Any]:
+        self.world_size = world_size
+        await self._meeting.wait()
+        return MANIFEST
+
+    async def send_weights(self) -> dict[str, float]:
+        await self._meeting.wait()
+        self.sent += 1
+        return {"seconds": 0.5, "bytes": 80.0}
+
+
+class Engine:
+    def __init__(self, meeting: asyncio.Barrier, number: int) -> None:
+        self._meeting = meeting
+        self._number = number
+        self.init_info: dict[str, Any] = {}
+        self.updates: list[tuple[dict[str, Any], int]] = []
+        self.error: Exception | None = None
+        self.hangs = False
+
+    async def connect(self, init_info: dict[str, Any]) -> None:
+        self.init_info = init_info
+        await self._meeting.wait()
+
+    async def update_weights(self, update_info: dict[str, Any], version: int) -> dict[str, float]:
+        if self.error is not None:
+            raise self.error
+        if self.hangs:
+            await asyncio.Event().wait()
+        await self._meeting.wait()
+        self.updates.append((update_info, version))
+        return {"pause_s": 1.0 + self._number, "drain_s": 0.25 * self._number, "transfer_s": 3.0 - self._number}
+
+
+class Setup:
+    def __init__(self, engines: int = 2, workers: int = 1, backend: str = "gloo", timeout_s: float = SECONDS) -> None:
+        meeting = asyncio.Barrier(1 + engines)
+        self.trainer = Trainer(meeting)
+        self.engines = [Engine(meeting, number) for number in range(engines)]
+        config = WeightsConfig(timeout_s=timeout_s)
+        self.publisher = Publisher(self.trainer, self.engines, config, backend, workers)
+
+    async def connected(self) -> "Setup":
+        async with asyncio.timeout(SECONDS):
+            await self.publisher.connect()
+        return self
+
+
+@pytest.mark.parametrize(
+    ("engines", "workers", "rank_offsets", "world_size"),
+    [(1, 1, [1], 2), (2, 1, [1, 2], 3), (3, 1, [1, 2, 3], 4), (1, 2, [1], 3), (2, 2, [1, 3], 5), (3, 2, [1, 3, 5], 7)],
+)
+async def test_every_worker_of_every_engine_has_a_rank_of_its_own(
+    engines: int, workers: int, rank_offsets: list[int], world_size: int
+) -> None:
+    setup = await Setup(engines, workers).connected()
+    assert [engine.init_info["rank_offset"] for engine in setup.engines] == rank_offsets
+    assert {engine.init_info["world_size"] for engine in setup.engines} == {setup.trainer.world_size} == {world_size}
+    assert all(engine.init_info["address"] == "node-0" for engine in setup.engines)
+
+
+async def test_a_version_is_sent_and_received_at_the_same_time() -> None:
+    setup = await Setup(engines=2).connected()
+    for version in (0, 1, 5):
+        metrics = await setup.publisher.publish(version)
+    assert setup.trainer.sent == 3
+    assert [[version for _, version in engine.updates] for engine in setup.engines] == [[0, 1, 5]] * 2
+    # Engine 0 reports pause 1, drain 0, transfer 3; engine 1 pause 2, drain 0.25, transfer 2: the slower one counts.
+    assert metrics == {
+        "sync/pause_s": 2.0,
+        "sync/drain_s": 0.25,
+        "sync/transfer_s": 3.0,
+        "sync/send_s": 0.5,
+        "sync/bytes": 80.0,
+        "sync/version": 5.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("backend", "keys"),
+    [
+        ("nccl", {"names", "dtype_names", "shapes"}),  # all that vLLM's NCCLWeightTransferUpdateInfo takes
+        ("gloo", {"names", "dtype_names", "shapes", "sizes", "bucket_bytes"}),
+    ],
+)
+async def test_an_update_info_has_what_the_transport_takes(backend: str, keys: set[str]) -> None:
+    setup = await Setup(backend=backend).connected()
+    await setup.publisher.publish(0)
+    assert setup.trainer.backend == backend
+    for engine in setup.engines:
+        [(update_info, _)] = engine.updates
+        assert update_info == {key: MANIFEST[key] for key in keys}
+
+
+async def test_an_update_that_takes_too_long_names_the_setting() -> None:
+    setup = await Setup(timeout_s=0.05).connected()
+    setup.engines[1].hangs = True
+    with pytest.raises(WeightSyncError, match=r"version 3 took more than weights\.timeout_s=0\.05 s"):
+        await setup.publisher.publish(3)
+
+
+async def test_the_error_of_an_engine_ends_the_update_at_once() -> None:
+    setup = await Setup().connected()
+    setup.engines[0].error = WorkerDied("engine 0: gone")
+    async with asyncio.timeout(SECONDS):
+        with pytest.raises(WorkerDied, match="engine 0: gone"):
+            await setup.publisher.publish(1)
