@@ -10,7 +10,7 @@ from pipelinerl.types import Problem
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+    from transformers import Qwen2Tokenizer, Qwen2ForCausalLM
 
 
 async def grade_here(scorer: str, kwargs: Mapping[str, Any]) -> Score:
@@ -20,7 +20,7 @@ async def grade_here(scorer: str, kwargs: Mapping[str, Any]) -> Score:
     return Score(sum(result.values()) if isinstance(result, Mapping) else float(result))
 
 
-def prompt_ids(tokenizer: "PreTrainedTokenizerFast", task: Task, problems: Sequence[Problem]) -> list[list[int]]:
+def prompt_ids(tokenizer: "Qwen2Tokenizer", task: Task, problems: Sequence[Problem]) -> list[list[int]]:
     """Per problem, the tokens in front of the completion, as a rollout of `task` renders them."""
 
     async def conversations() -> list[tuple[Message, ...]]:
@@ -31,7 +31,7 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerFast", task: Task, problems: Seque
 
 def accuracy(
     model: "Qwen2ForCausalLM",
-    tokenizer: "PreTrainedTokenizerFast",
+    tokenizer: "Qwen2Tokenizer",
     task: Task,
     problems: Sequence[Problem],
     max_tokens: int,
@@ -55,7 +55,7 @@ def accuracy(
     return sum(earned) / len(earned)
 
 
-def _render(tokenizer: "PreTrainedTokenizerFast", messages: Sequence[Message]) -> list[int]:
+def _render(tokenizer: "Qwen2Tokenizer", messages: Sequence[Message]) -> list[int]:
     chat = [{"role": message.role, "content": message.content} for message in messages]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     return list(tokenizer.encode(text, add_special_tokens=False))

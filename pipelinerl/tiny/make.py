@@ -19,7 +19,7 @@ from pipelinerl.config.schema import SortTask
 from pipelinerl.errors import EXIT_DONE, ConfigError, PipelineRLError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+    from transformers import Qwen2Tokenizer, Qwen2ForCausalLM
 
     from pipelinerl.tiny.warm_start import Progress
 
@@ -32,7 +32,7 @@ class Architecture:
     """A Qwen2 with a tied head. Head size 32 is the smallest that vLLM's CPU attention takes."""
 
     hidden_size: int = 128
-    layers: int = 2
+    layers: int = 4
     heads: int = 4
     kv_heads: int = 2
     intermediate_size: int = 384
@@ -51,11 +51,11 @@ class Recipe:
     architecture: Architecture = Architecture()
 
     def as_json(self) -> dict[str, Any]:
-        from pipelinerl.tiny.tokenizer import CHARACTERS, CHAT_TEMPLATE, SPECIALS
+        from pipelinerl.tiny.tokenizer import CHAT_TEMPLATE, SPECIALS
         from pipelinerl.tiny.warm_start import WarmStart
 
         training = asdict(WarmStart(target=self.target, temperature=self.temperature))
-        tokens = {"vocabulary": [*SPECIALS, *CHARACTERS], "chat_template": CHAT_TEMPLATE}
+        tokens = {"special_tokens": list(SPECIALS), "chat_template": CHAT_TEMPLATE}
         return {**asdict(self), "warm_start": training, **tokens}
 
 
@@ -106,7 +106,7 @@ def make(out: Path, recipe: Recipe, force: bool = False) -> None:
     )
 
 
-def build_model(architecture: Architecture, tokenizer: "PreTrainedTokenizerFast", seed: int) -> "Qwen2ForCausalLM":
+def build_model(architecture: Architecture, tokenizer: "Qwen2Tokenizer", seed: int) -> "Qwen2ForCausalLM":
     """An untrained float32 model for this tokenizer, its weights drawn from `seed`."""
     import torch
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
@@ -165,7 +165,7 @@ def _print_progress(progress: "Progress") -> None:
 
 
 def _save(
-    out: Path, model: "Qwen2ForCausalLM", tokenizer: "PreTrainedTokenizerFast", recipe: Mapping[str, Any]
+    out: Path, model: "Qwen2ForCausalLM", tokenizer: "Qwen2Tokenizer", recipe: Mapping[str, Any]
 ) -> None:
     """Write beside `out`, then rename: a reader never sees half a model."""
     out.parent.mkdir(parents=True, exist_ok=True)

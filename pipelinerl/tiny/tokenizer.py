@@ -1,4 +1,4 @@
-"""A character-level tokenizer: one token per printable ASCII character, and one per role marker.
+"""A tokenizer of single bytes: one token per ASCII character, and one per role marker.
 
 The chat format is short, because every character of a prompt costs a token here:
 
@@ -8,20 +8,16 @@ Nothing stands between two turns, so a conversation that grows by a turn extends
 including the `<|im_end|>` that the model sampled.
 """
 
-import string
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import Qwen2Tokenizer
 
-UNKNOWN = "<unk>"
 PAD = "<|pad|>"
 END = "<|im_end|>"  # closes every turn, and the eos of the model
 ROLES = ("system", "user", "assistant")
 
-SPECIALS = (PAD, UNKNOWN, END, *(f"<|{role}|>" for role in ROLES))
-CHARACTERS = ("\n", " ", *sorted(string.digits + string.ascii_letters + string.punctuation))
-
+SPECIALS = (PAD, END, *(f"<|{role}|>" for role in ROLES))
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- if message.role not in ['system', 'user', 'assistant'] -%}"
@@ -33,27 +29,32 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(max_length: int) -> "PreTrainedTokenizerFast":
-    """The tokenizer, ready for `save_pretrained`. Characters outside ASCII become `<unk>`.
+def build_tokenizer(max_length: int) -> "Qwen2Tokenizer":
+    """The tokenizer, ready for `save_pretrained`. `max_length` is the model's context, in tokens.
 
-    `max_length` is the model's context, in tokens. Text of known characters survives encode and decode unchanged.
+    It is Qwen's own byte-level tokenizer without a single merge: transformers loads that class for every Qwen2 model
+    whatever tokenizer lies beside it, so anything else would not survive `AutoTokenizer.from_pretrained`.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    from transformers import Qwen2Tokenizer
 
-    vocabulary = {token: index for index, token in enumerate((*SPECIALS, *CHARACTERS))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()  # without it, decoding puts spaces between characters
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        unk_token=UNKNOWN,
+    alphabet = [*SPECIALS, *byte_symbols()]
+    return Qwen2Tokenizer(
+        vocab={token: index for index, token in enumerate(alphabet)},
+        merges=[],
+        unk_token=None,
+        bos_token=None,
         eos_token=END,
+        pad_token=PAD,
         additional_special_tokens=[f"<|{role}|>" for role in ROLES],
         chat_template=CHAT_TEMPLATE,
         model_max_length=max_length,
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
+
+
+def byte_symbols() -> list[str]:
+    """The 256 symbols that stand for the bytes in a byte-level vocabulary, in a fixed order."""
+    from tokenizers import pre_tokenizers
+
+    return sorted(pre_tokenizers.ByteLevel.alphabet())

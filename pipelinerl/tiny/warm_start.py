@@ -18,7 +18,7 @@ from pipelinerl.types import Problem
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+    from transformers import Qwen2Tokenizer, Qwen2ForCausalLM
 
 WARMUP_STEPS = 20
 SAMPLED_PROBLEMS = 768  # the standard error of an accuracy near 0.5 is then 0.018
@@ -50,7 +50,7 @@ class Progress:
 
 def warm_start(
     model: "Qwen2ForCausalLM",
-    tokenizer: "PreTrainedTokenizerFast",
+    tokenizer: "Qwen2Tokenizer",
     task: Task,
     settings: WarmStart,
     seed: int,
@@ -95,7 +95,7 @@ def longest_target(task: Task) -> int:
 
 
 def _forward(
-    model: "Qwen2ForCausalLM", tokenizer: "PreTrainedTokenizerFast", task: Task, batch: list[Problem]
+    model: "Qwen2ForCausalLM", tokenizer: "Qwen2Tokenizer", task: Task, batch: list[Problem]
 ) -> "tuple[torch.Tensor, torch.Tensor]":
     """Logits [B, C, V] for the completion's tokens and the tokens themselves [B, C], end token included.
 
@@ -124,7 +124,7 @@ def _chance_of_target(logits: "torch.Tensor", wanted: "torch.Tensor", temperatur
 
 def _check(
     model: "Qwen2ForCausalLM",
-    tokenizer: "PreTrainedTokenizerFast",
+    tokenizer: "Qwen2Tokenizer",
     task: Task,
     settings: WarmStart,
     rng: random.Random,

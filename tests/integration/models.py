@@ -31,7 +31,7 @@ def write_model(target: Path, *, tied: bool, seed: int = 0) -> Path:
         num_key_value_heads=2,
         max_position_embeddings=MAX_LENGTH,
         tie_word_embeddings=tied,
-        initializer_range=0.15,
+        initializer_range=0.08,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
@@ -47,10 +47,10 @@ def write_model(target: Path, *, tied: bool, seed: int = 0) -> Path:
     return target
 
 
-def run_config(model: Path, dtype: str = "float32", **sections: Any) -> RunConfig:
+def run_config(path: Path, dtype: str = "float32", **sections: Any) -> RunConfig:
     """A configuration of the CPU kind; `sections` are merged into it, e.g. `trainer={"lr": 0.0}`."""
     data: dict[str, Any] = {
-        "model": {"path": str(model), "dtype": dtype},
+        "model": {"path": str(path), "dtype": dtype},
         "task": {"kind": "sort", "digits": 4},
         "algo": {"kind": "ppo_clip"},
         "sampling": {"max_tokens": 200},

@@ -90,7 +90,7 @@ def trainer_logprobs(
     positions = torch.arange(len(prompt) - 1, len(ids) - 1)
     policy.temperature = temperature
     with torch.no_grad():
-        logprobs, _ = policy(ids, torch.arange(len(ids)), [(1, len(ids))], positions, ids[positions + 1])
+        logprobs: Tensor = policy(ids, torch.arange(len(ids)), [(1, len(ids))], positions, ids[positions + 1])[0]
     return logprobs
 
 

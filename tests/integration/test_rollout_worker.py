@@ -1,4 +1,6 @@
-"""A rollout worker as a plain class: engine, episodes and graders, from start to close. An untied float32 model.
+"""A rollout worker as a plain class: engine, episodes and graders, from start to close.
+
+The model has the default dtypes, a bf16 body under an fp32 head, and the head is untied.
 
 The tests share one worker and run in the order of this file: a failed update comes near the end, closing last.
 """
@@ -9,7 +11,6 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import psutil
 import pytest
 import pytest_asyncio
@@ -42,7 +43,9 @@ def others() -> set[int]:
 async def worker(untied_model: Path, others: set[int]) -> "AsyncIterator[RolloutWorker]":
     from pipelinerl.engine.worker import RolloutWorker
 
-    config = run_config(untied_model, batch={"group_size": 4}, sampling={"max_tokens": 60, "temperature": 0.7})
+    sampling = {"max_tokens": 60, "temperature": 0.7}
+    config = run_config(untied_model, "bfloat16", batch={"group_size": 4}, sampling=sampling)
+    assert config.model.head_dtype == "float32"
     made = RolloutWorker(config, 3, "cpu", "gloo")
     settings = await made.start()
     assert settings["seed"] == config.seed + 3
@@ -55,17 +58,17 @@ async def link(worker: "RolloutWorker", untied_model: Path) -> "Link":
     from pipelinerl.trainer.model import load_policy
     from tests.integration.serving import Link
 
-    policy = load_policy(run_config(untied_model).model, 0.7, 1000, gradient_checkpointing=False)
+    policy = load_policy(run_config(untied_model, "bfloat16").model, 0.7, 1000, gradient_checkpointing=False)
     return await Link.make(policy, worker, bucket_bytes=2**20)
 
 
 def mismatch(link: "Link", group: RolloutGroup, temperature: float) -> float:
-    """Largest |engine - trainer| logprob of a group."""
+    """Mean |engine - trainer| logprob of a group."""
     from tests.integration.serving import differences
 
     turns = [rollout.turns[0] for rollout in group.rollouts]
     prompts, completions = [turn.context.tolist() for turn in turns], [turn.completion for turn in turns]
-    return differences(link.policy, prompts, completions, temperature).max().item()
+    return differences(link.policy, prompts, completions, temperature).mean().item()
 
 
 def assert_consistent(meta: GroupMeta, group: RolloutGroup, version: int) -> None:
@@ -90,30 +93,30 @@ async def test_a_rollout_is_a_group_of_samples_and_what_the_driver_needs_of_it(
     assert_consistent(meta, group, version=0)
     assert {rollout.reward for rollout in group.rollouts} == {0.0}  # a random model does not sort
     assert len({tuple(rollout.turns[0].completion.tokens.tolist()) for rollout in group.rollouts}) > 1
-    assert mismatch(link, group, 0.7) < 1e-4
+    assert mismatch(link, group, 0.7) < 2e-2
     assert await worker.check_health() == 0
 
 
 async def test_evaluation_is_greedy(worker: "RolloutWorker") -> None:
-    results = [await worker.evaluate(index, PROBLEM) for index in range(2)]
     tokens = []
-    for meta, group in results:
+    for index in range(2):
+        meta, group = await worker.evaluate(index, PROBLEM)
         assert_consistent(meta, group, version=0)
         (rollout,) = group.rollouts
-        tokens.append(rollout.turns[0].completion.tokens)
-    np.testing.assert_array_equal(*tokens)
+        tokens.append(rollout.turns[0].completion.tokens.tolist())
+    assert tokens[0] == tokens[1]
 
 
 async def test_an_update_reaches_the_rollouts(worker: "RolloutWorker", link: "Link") -> None:
     from tests.integration.serving import disturb
 
-    disturb(link.policy, 0.05, seed=4)
+    disturb(link.policy, 0.03, seed=4)
     _, group = await worker.rollout(12, PROBLEM)
-    assert mismatch(link, group, 0.7) > 1e-2  # the engine is a version behind the policy
+    assert mismatch(link, group, 0.7) > 0.1  # the engine is a version behind the policy
     await link.send()
     meta, group = await worker.rollout(13, PROBLEM)
     assert_consistent(meta, group, version=1)
-    assert mismatch(link, group, 0.7) < 1e-4
+    assert mismatch(link, group, 0.7) < 2e-2
     assert await worker.check_health() == 1
 
 
@@ -123,20 +126,20 @@ async def test_after_a_failed_update_nothing_is_sampled_until_a_complete_one(
     from tests.integration.serving import Link, disturb
 
     silent = await Link.make(link.policy, worker, bucket_bytes=2**20, timeout_s=3.0)
-    with pytest.raises(WeightSyncError, match="engine 3: the update to version 2 .* stays paused"):
+    with pytest.raises(WeightSyncError, match=r"engine 3: the update to version 2 .* stays paused"):
         await worker.update_weights(silent.manifest.to_dict(), 2)  # and nobody sends
     waiting = asyncio.create_task(worker.rollout(14, PROBLEM))
     done, _ = await asyncio.wait([waiting], timeout=1.5)
     assert not done
     assert await worker.check_health() == 1
 
-    disturb(link.policy, 0.05, seed=5)
+    disturb(link.policy, 0.01, seed=5)
     again = await Link.make(link.policy, worker, bucket_bytes=2**20)
     again.version = 1
     await again.send()
     meta, group = await waiting
     assert_consistent(meta, group, version=2)
-    assert mismatch(again, group, 0.7) < 1e-4
+    assert mismatch(again, group, 0.7) < 2e-2
 
 
 async def test_close_leaves_no_process(worker: "RolloutWorker", others: set[int]) -> None:

@@ -1,9 +1,9 @@
 """Trainer ranks on DeepSpeed: a step does not depend on how it was cut, and a bad one changes nothing.
 
-All cases run in one subprocess (see trainer_ranks.py). AdamW divides its first step by |gradient| + eps. With the usual
-eps that is the gradient's sign, in which rounding noise of a tiny gradient becomes a full step. Here eps is 1, far above
-the gradients, so that a step is nearly proportional to the gradient: -lr * g / (|g| + 1). Comparing weights then
-compares gradients, element by element.
+All cases run in one subprocess (see trainer_ranks.py). AdamW divides its first step by |gradient| + eps. With the
+usual eps that is the gradient's sign, in which rounding noise of a tiny gradient becomes a full step. Here eps is 1,
+far above the gradients, so that a step is nearly proportional to the gradient: -lr * g / (|g| + 1). Comparing weights
+then compares gradients, element by element.
 """
 
 import math
@@ -48,7 +48,9 @@ def make_groups(model: Path) -> list[RolloutGroup]:
 
 
 def make_rollout(policy: Any, rng: np.random.Generator, turns: int) -> Rollout:
-    pieces = [(rng.integers(6, 100, rng.integers(2, 9)), rng.integers(6, 100, rng.integers(1, 20))) for _ in range(turns)]
+    pieces = [
+        (rng.integers(6, 100, rng.integers(2, 9)), rng.integers(6, 100, rng.integers(1, 20))) for _ in range(turns)
+    ]
     with torch.no_grad():
         tokens = np.concatenate([part for piece in pieces for part in piece])
         logprobs = np.append(0.0, reference_logprobs(policy, tokens.tolist(), TEMPERATURE).numpy())
@@ -94,7 +96,8 @@ def with_nan(groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
     turn = rollout.turns[0]
     logprobs = turn.completion.logprobs.copy()
     logprobs[0] = np.nan
-    broken = replace(rollout, turns=(replace(turn, completion=replace(turn.completion, logprobs=logprobs)), *rollout.turns[1:]))
+    turn = replace(turn, completion=replace(turn.completion, logprobs=logprobs))
+    broken = replace(rollout, turns=(turn, *rollout.turns[1:]))
     return [*groups[:-1], replace(groups[-1], rollouts=(*groups[-1].rollouts[:-1], broken))]
 
 
@@ -159,7 +162,9 @@ def runs(tied_model: Path, untied_model: Path, groups: list[RolloutGroup], folde
     )
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-6000:]
     return {
-        name: [pickle.loads((folder / f"{name}-{rank}.pickle").read_bytes()) for rank in range(case.config.trainer.ranks)]
+        name: [
+            pickle.loads((folder / f"{name}-{rank}.pickle").read_bytes()) for rank in range(case.config.trainer.ranks)
+        ]
         for name, case in cases.items()
     }
 
@@ -289,7 +294,9 @@ def test_a_learning_rate_of_0_changes_no_bit(runs: dict[str, list[RankRun]]) -> 
         assert all(np.array_equal(run.weights[0][key], value) for key, value in later.items())
 
 
-def test_the_lag_of_tokens_is_measured_against_the_version_that_trains(runs: dict[str, list[RankRun]], groups: list[RolloutGroup]) -> None:
+def test_the_lag_of_tokens_is_measured_against_the_version_that_trains(
+    runs: dict[str, list[RankRun]], groups: list[RolloutGroup]
+) -> None:
     """All tokens are of version 0: lag 0 in the first step, 1 in the second, where none is left to compare."""
     first, second = runs["whole"][0].results
     assert (first.version, second.version) == (1, 2)
@@ -306,10 +313,10 @@ def test_bf16_trains_and_does_not_depend_on_the_cut_either(
     assert whole.setup["dtype"] == "bfloat16" and whole.setup["head_dtype"] == "float32"
     loss, norm, expected = by_hand(tied_model, groups, BF16_LR, torch.bfloat16)
     first, second, plain = (
-        np.concatenate([weights[name].ravel() for name in expected]) for weights in (change(whole), change(pieces), expected)
+        np.concatenate([weights[name].ravel() for name in expected])
+        for weights in (change(whole), change(pieces), expected)
     )
-    print(np.linalg.norm(first - plain) / np.linalg.norm(plain), np.linalg.norm(second - first) / np.linalg.norm(plain), loss, norm, whole.results[0].metrics, pieces.results[0].metrics)
-    assert np.linalg.norm(first - plain) < 0.1 * np.linalg.norm(plain)
+    assert np.linalg.norm(first - plain) < 0.05 * np.linalg.norm(plain)
     assert np.linalg.norm(second - first) < 0.02 * np.linalg.norm(plain)
     for run in (whole, pieces):
         assert run.results[0].metrics["optim/loss"] == pytest.approx(loss, rel=0.01)
@@ -321,10 +328,13 @@ def test_setup_says_what_is_trained(runs: dict[str, list[RankRun]]) -> None:
     assert tied["tied_head"] and not untied["tied_head"]
     assert tied["temperature"] == TEMPERATURE and tied["dtype"] == tied["head_dtype"] == "float32"
     assert tied["parameters"] == sum(value.size for value in runs["whole"][0].weights[0].values())
-    assert untied["parameters"] == tied["parameters"] + 102 * 128
+    head = runs["untied"][0].weights[0]["lm_head.weight"]
+    assert untied["parameters"] == tied["parameters"] + head.size
 
 
-@pytest.mark.parametrize(("case", "name", "dtype"), [("whole", "exported", "float32"), ("bf16", "exported_bf16", "bfloat16")])
+@pytest.mark.parametrize(
+    ("case", "name", "dtype"), [("whole", "exported", "float32"), ("bf16", "exported_bf16", "bfloat16")]
+)
 def test_the_export_is_the_trained_model(
     case: str, name: str, dtype: str, runs: dict[str, list[RankRun]], folder: Path, tied_model: Path
 ) -> None:

@@ -1,22 +1,20 @@
-"""Weights that change while an engine samples: nothing is lost, every token has the right version and the right logprob."""
+"""Weights that change while an engine samples: nothing is lost, every token has its right version and logprob."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 import pytest
 import pytest_asyncio
 import torch
 from torch import Tensor
 
-from pipelinerl.errors import WeightSyncError
 from pipelinerl.types import Completion
 from tests.integration.models import load_reference, run_config
 
 if TYPE_CHECKING:
-    from tests.integration.serving import Link, Served
+    from tests.integration.serving import Served
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -110,18 +108,18 @@ async def test_many_small_buckets_carry_the_same_weights(fp32_engine: "Served") 
 async def bf16_engine(tied_model: Path) -> "AsyncIterator[Served]":
     from tests.integration.serving import serve
 
-    async with serve(run_config(tied_model, "bfloat16")) as served:
+    async with serve(run_config(tied_model, "bfloat16", model={"head_dtype": "bfloat16"})) as served:
         yield served
 
 
 async def test_a_tied_bf16_head_follows_the_update(bf16_engine: "Served") -> None:
-    """On CPU a bf16 model computes from packed copies of its weights; a head that kept its old one shows here."""
+    """On CPU a head of the body's dtype computes from a packed copy of its weights: one that stayed old shows here."""
     from tests.integration.serving import PROMPTS, differences, disturb
 
     before = await bf16_engine.generate(PROMPTS, 1.0, 40)
-    assert differences(bf16_engine.policy, PROMPTS, before).mean() < 2e-2
+    assert differences(bf16_engine.policy, PROMPTS, before).mean() < 2e-2, "before"
     disturb(bf16_engine.policy, 0.05, seed=3)
-    assert differences(bf16_engine.policy, PROMPTS, before).mean() > 5e-2
+    assert differences(bf16_engine.policy, PROMPTS, before).mean() > 0.1
     await generate_across_update(bf16_engine, PROMPTS[:16])
     after = await bf16_engine.generate(PROMPTS, 1.0, 40)
     assert differences(bf16_engine.policy, PROMPTS, after).mean() < 2e-2

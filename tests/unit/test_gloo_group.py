@@ -20,7 +20,7 @@ from pipelinerl.weights.gloo_group import GlooGroup
 from pipelinerl.weights.manifest import Manifest, offsets
 from pipelinerl.weights.sender import GlooSender, manifest_of, parameters_in_order
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 60.0
 
 
 class Tied(nn.Module):

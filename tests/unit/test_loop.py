@@ -377,11 +377,11 @@ async def test_a_run_in_which_nothing_happens_is_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_up: str
 ) -> None:
     monkeypatch.setattr(loop, "HEALTH_INTERVAL_S", 0.01)
-    run = fake_run(tmp_path, "cluster.stall_timeout_s=0.1")
+    run = fake_run(tmp_path, "cluster.stall_timeout_s=0.3")
     gate = run.trainer.gates.setdefault(2, Gate())
     {"groups": run.fleet.gate, "step": gate, "evaluation": run.fleet.eval_gate}[held_up].close()
     error = await error_of(run)
-    assert isinstance(error, Stalled) and "cluster.stall_timeout_s=0.1 s" in str(error)
+    assert isinstance(error, Stalled) and "cluster.stall_timeout_s=0.3 s" in str(error)
     if held_up == "groups":
         assert "(6 groups running, 0 ready)" in str(error)  # max_lag=2: 3 steps of 2 groups
 
@@ -389,7 +389,7 @@ async def test_a_run_in_which_nothing_happens_is_ended(
 async def test_any_step_group_or_evaluated_problem_is_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each pause is shorter than the limit, and what comes between them is of a kind of its own."""
     monkeypatch.setattr(loop, "HEALTH_INTERVAL_S", 0.01)
-    run = fake_run(tmp_path, "cluster.stall_timeout_s=0.3", "weights.every=4", "async.max_lag=3", "eval.at_end=false")
+    run = fake_run(tmp_path, "cluster.stall_timeout_s=0.75", "weights.every=4", "async.max_lag=3", "eval.at_end=false")
     evaluations = asyncio.Semaphore(0)
     run.fleet.eval_gate.pass_through = evaluations.acquire  # type: ignore[method-assign, assignment]
     gates = {step: Gate() for step in (1, 2, 3)}
@@ -397,11 +397,11 @@ async def test_any_step_group_or_evaluated_problem_is_progress(tmp_path: Path, m
     for gate in gates.values():
         gate.close()
     async with training(run) as task:
-        for _ in range(3):  # a problem of the evaluation every 0.2 s
-            await asyncio.sleep(0.2)
+        for _ in range(3):  # a problem of the evaluation every 0.3 s
+            await asyncio.sleep(0.3)
             evaluations.release()
-        for gate in gates.values():  # a step every 0.2 s; all groups are done, and no update is due
-            await asyncio.sleep(0.2)
+        for gate in gates.values():  # a step every 0.3 s; all groups are done, and no update is due
+            await asyncio.sleep(0.3)
             gate.open()
         await task
     assert run.publisher.published == [0, 4]

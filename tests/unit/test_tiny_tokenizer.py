@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
+from transformers import AutoTokenizer
 
-from pipelinerl.tiny.tokenizer import CHARACTERS, SPECIALS, build_tokenizer
+from pipelinerl.tiny.tokenizer import SPECIALS, build_tokenizer
 
 TOKENIZER = build_tokenizer(max_length=1024)
 ASCII = st.text(alphabet=[c for c in string.printable if c not in "\t\r\x0b\x0c"])
@@ -22,11 +23,21 @@ def render(*turns: tuple[str, str], prompt: bool = False) -> str:
     return str(TOKENIZER.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
 
 
-def test_every_printable_ascii_character_and_newline_is_one_known_token() -> None:
-    assert len(CHARACTERS) == 95 + 1  # space to tilde, and the newline
-    assert len(TOKENIZER) == len(CHARACTERS) + len(SPECIALS)
-    assert [len(ids(character)) for character in CHARACTERS] == [1] * 96
-    assert TOKENIZER.unk_token_id not in ids("".join(CHARACTERS))
+def test_every_ascii_character_is_one_token_of_its_own() -> None:
+    assert len(TOKENIZER) == 256 + len(SPECIALS)
+    characters = string.printable
+    assert len({*ids(characters)}) == len(ids(characters)) == len(characters)
+
+
+@pytest.mark.parametrize("text", ["sort 483", "a b  c\n", "<|user|>x y<|im_end|><|assistant|>", "\u00e9 \u4e2d"])
+def test_auto_tokenizer_loads_the_same_tokenizer(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    TOKENIZER.save_pretrained(folder)
+    (folder / "config.json").write_text('{"model_type": "qwen2"}')  # by which AutoTokenizer chooses the class
+    loaded = AutoTokenizer.from_pretrained(folder)
+    assert loaded.encode(text, add_special_tokens=False) == ids(text)
+    assert loaded.decode(ids(text)) == text
+    assert loaded.eos_token_id == TOKENIZER.eos_token_id and loaded.chat_template == TOKENIZER.chat_template
 
 
 @given(ASCII)
@@ -40,8 +51,9 @@ def test_a_character_costs_one_token_wherever_it_stands(first: str, second: str)
         assert ids(first + second) == ids(first) + ids(second)
 
 
-def test_a_character_outside_ascii_becomes_one_unknown_token() -> None:
-    assert ids("a\u00e9b") == [*ids("a"), TOKENIZER.unk_token_id, *ids("b")]
+def test_text_outside_ascii_is_its_bytes_and_decodes_to_itself() -> None:
+    assert len(ids("a\u00e9b")) == 4
+    assert TOKENIZER.decode(ids("a\u00e9b")) == "a\u00e9b"
 
 
 def test_a_prompt_is_its_characters_and_three_markers() -> None:

@@ -53,8 +53,8 @@ def test_packed_attention_is_the_attention_of_each_sequence(
 ) -> None:
     q, k, v = qkv(sum(lengths), *heads, torch.float32, seed=0)
     packed = attend(q, k, v, lengths, window)
-    parts = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
-    expected = torch.cat([by_hand(*part, window) for part in parts], dim=1)
+    parts = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True)
+    expected = torch.cat([by_hand(*part, window=window) for part in parts], dim=1)
     torch.testing.assert_close(packed.double(), expected, atol=1e-6, rtol=1e-5)
 
 
@@ -62,8 +62,8 @@ def test_packed_attention_is_the_attention_of_each_sequence(
 @given(lengths_of_rows, st.sampled_from([torch.float32, torch.bfloat16]), st.sampled_from([None, 3]))
 def test_packing_changes_no_bit(lengths: list[int], dtype: torch.dtype, window: int | None) -> None:
     q, k, v = qkv(sum(lengths), 4, 2, dtype, seed=1)
-    parts = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
-    alone = torch.cat([attend(*part, [part[0].shape[2]], window) for part in parts], dim=1)
+    parts = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True)
+    alone = torch.cat([attend(*part, lengths=[part[0].shape[2]], window=window) for part in parts], dim=1)
     assert torch.equal(attend(q, k, v, lengths, window), alone)
 
 
