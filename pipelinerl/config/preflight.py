@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from pipelinerl.config.device import Device, gpu_count, gpus_needed, resolve_device
-from pipelinerl.config.schema import JsonlTask, RunConfig, SortTask
+from pipelinerl.config.schema import JsonlTask, RunConfig
 from pipelinerl.errors import DataError, EnvironmentProblem
 
 
@@ -24,8 +24,9 @@ def _model_is_there(config: RunConfig) -> None:
     if not _is_local(path):
         return
     if not directory.exists():
-        tiny = isinstance(config.task, SortTask) and directory.name.startswith("tiny")
-        hint = "run: pipelinerl make-tiny" if tiny else "name a model directory, or a hub id such as Qwen/Qwen2.5-0.5B"
+        made = {"tiny": "pipelinerl make-tiny", "tiny_scratchpad": "pipelinerl make-tiny --task sort_scratchpad"}
+        command = made.get(directory.name)
+        hint = f"run: {command}" if command else "name a model directory, or a hub id such as Qwen/Qwen2.5-0.5B"
         raise EnvironmentProblem(f"model.path={path}: no such directory (from {Path.cwd()}); {hint}")
     if not (directory / "config.json").is_file():
         raise EnvironmentProblem(f"model.path={path}: no model directory, it has no config.json")

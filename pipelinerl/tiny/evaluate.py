@@ -10,7 +10,7 @@ from pipelinerl.types import Problem
 
 if TYPE_CHECKING:
     import torch
-    from transformers import Qwen2Tokenizer, Qwen2ForCausalLM
+    from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 
 
 async def grade_here(scorer: str, kwargs: Mapping[str, Any]) -> Score:

@@ -19,11 +19,10 @@ from pipelinerl.config.schema import SortTask
 from pipelinerl.errors import EXIT_DONE, ConfigError, PipelineRLError
 
 if TYPE_CHECKING:
-    from transformers import Qwen2Tokenizer, Qwen2ForCausalLM
+    from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 
     from pipelinerl.tiny.warm_start import Progress
 
-DEFAULT_OUT = {"sort": "models/tiny", "sort_scratchpad": "models/tiny_scratchpad"}
 RECIPE_FILE = "recipe.json"
 
 
@@ -59,11 +58,34 @@ class Recipe:
         return {**asdict(self), "warm_start": training, **tokens}
 
 
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """What a task's model is unless the command line says otherwise."""
+
+    out: str
+    digits: int
+    architecture: Architecture
+
+
+PRESETS = {
+    "sort": Preset("models/tiny", 6, Architecture()),
+    # Smaller, so that sampling its long completions takes longer than training on them.
+    "sort_scratchpad": Preset(
+        "models/tiny_scratchpad",
+        5,
+        Architecture(hidden_size=64, layers=2, heads=2, kv_heads=1, intermediate_size=256),
+    ),
+}
+
+
 def main(argv: Sequence[str]) -> int:
     """The command; returns the exit code."""
     args = _parse(argv)
-    recipe = Recipe(args.task, args.digits, args.seed, args.target, args.temperature)
-    out = Path(args.out or DEFAULT_OUT[args.task])
+    preset = PRESETS[args.task]
+    recipe = Recipe(
+        args.task, args.digits or preset.digits, args.seed, args.target, args.temperature, preset.architecture
+    )
+    out = Path(args.out or preset.out)
     try:
         if _already_made(out, recipe) and not args.force:
             print(f"{out} is there already and was made with this recipe")
@@ -135,14 +157,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "pipelinerl make-tiny", description="Make the small model that the quickstart trains."
     )
     parser.add_argument("--out", help="directory to write (default: models/tiny, models/tiny_scratchpad)")
-    parser.add_argument("--task", choices=sorted(DEFAULT_OUT), default="sort")
-    parser.add_argument("--digits", type=int, default=6, help="length of the numbers to sort (default: 6)")
+    parser.add_argument("--task", choices=sorted(PRESETS), default="sort")
+    parser.add_argument("--digits", type=int, help="length of the numbers to sort (default: 6, with scratchpad 5)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--target", type=float, default=0.45, help="sampled accuracy to stop at (default: 0.45)")
     parser.add_argument("--temperature", type=float, default=0.8, help="at which accuracy is sampled (default: 0.8)")
     parser.add_argument("--force", action="store_true", help="replace the directory")
     args = parser.parse_args(argv)
-    if not 2 <= args.digits <= 16:
+    if args.digits is not None and not 2 <= args.digits <= 16:
         parser.error(f"--digits {args.digits} is not between 2 and 16")
     if not 0 < args.target < 1:
         parser.error(f"--target {args.target} is not between 0 and 1")
@@ -164,9 +186,7 @@ def _print_progress(progress: "Progress") -> None:
     print(f"step {progress.step:4d}  loss {progress.loss:.3f}  {accuracies}", flush=True)
 
 
-def _save(
-    out: Path, model: "Qwen2ForCausalLM", tokenizer: "Qwen2Tokenizer", recipe: Mapping[str, Any]
-) -> None:
+def _save(out: Path, model: "Qwen2ForCausalLM", tokenizer: "Qwen2Tokenizer", recipe: Mapping[str, Any]) -> None:
     """Write beside `out`, then rename: a reader never sees half a model."""
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))

@@ -18,7 +18,7 @@ from pipelinerl.types import Problem
 
 if TYPE_CHECKING:
     import torch
-    from transformers import Qwen2Tokenizer, Qwen2ForCausalLM
+    from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 
 WARMUP_STEPS = 20
 SAMPLED_PROBLEMS = 768  # the standard error of an accuracy near 0.5 is then 0.018

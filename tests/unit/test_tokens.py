@@ -37,9 +37,7 @@ def tokenizer() -> "Qwen2Tokenizer":
     return build_tokenizer(max_length=4096)
 
 
-def renderer(
-    tokenizer: "Qwen2Tokenizer", template: str | None, enable_thinking: bool | None = None
-) -> ChatRenderer:
+def renderer(tokenizer: "Qwen2Tokenizer", template: str | None, enable_thinking: bool | None = None) -> ChatRenderer:
     tokenizer.chat_template = template
     return ChatRenderer(tokenizer, enable_thinking)
 
