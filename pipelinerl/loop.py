@@ -14,8 +14,7 @@ A step s (from 1) trains with weights of version s - 1 and makes version s.
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -23,9 +22,10 @@ import numpy as np
 
 from pipelinerl.algo.advantages import group_advantages
 from pipelinerl.batch.packing import rank_batches
+from pipelinerl.concurrency import background, together
 from pipelinerl.config.plan import eval_versions
 from pipelinerl.config.schema import RunConfig
-from pipelinerl.errors import BudgetSpent, Stalled, first_error
+from pipelinerl.errors import BudgetSpent, Stalled
 from pipelinerl.metrics.log import MetricsLog
 from pipelinerl.metrics.records import group_metrics
 from pipelinerl.metrics.rollouts import RolloutWriter
@@ -259,31 +259,6 @@ class Meter:
             "buffer/ready": float(run.buffer.ready),
             "buffer/running": float(run.buffer.running),
         }
-
-
-@asynccontextmanager
-async def background(*loops: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run `loops` beside the body. An error of one ends the body, the end of the body ends them all."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(loop) for loop in loops]
-            yield
-            for task in tasks:
-                task.cancel()
-    except BaseExceptionGroup as errors:
-        error = first_error(errors)
-        raise error from error.__cause__
-
-
-async def together(*parts: Coroutine[Any, Any, Any]) -> list[Any]:
-    """The results of all parts, in order. Unlike `gather`, leaves no part running when one fails."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(part) for part in parts]
-    except BaseExceptionGroup as errors:
-        error = first_error(errors)
-        raise error from error.__cause__
-    return [task.result() for task in tasks]
 
 
 async def _value(payload: Any) -> Any:

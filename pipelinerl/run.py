@@ -17,8 +17,9 @@ from pipelinerl.cluster.fleet import Fleet
 from pipelinerl.cluster.ray_cluster import RayCluster
 from pipelinerl.cluster.trainer_group import TrainerGroup
 from pipelinerl.config.device import resolve_backend, resolve_device
+from pipelinerl.config.preflight import with_absolute_paths
 from pipelinerl.config.schema import RunConfig
-from pipelinerl.errors import EXIT_DONE, EXIT_SIGINT, EXIT_SIGTERM, ConfigError, PipelineRLError
+from pipelinerl.errors import EXIT_DONE, EXIT_SIGINT, EXIT_SIGTERM, ConfigError, EnvironmentProblem, PipelineRLError
 from pipelinerl.loop import Run, train
 from pipelinerl.metrics.console import Console
 from pipelinerl.metrics.log import MetricsLog, read_metrics
@@ -27,6 +28,7 @@ from pipelinerl.metrics.rollouts import RolloutWriter
 from pipelinerl.metrics.summary import format_summary, summarize
 from pipelinerl.metrics.wandb_sink import WandbSink
 from pipelinerl.rollout.buffer import GroupBuffer
+from pipelinerl.tasks.base import Task
 from pipelinerl.tasks.registry import build_task
 from pipelinerl.tasks.stream import ProblemStream
 from pipelinerl.weights.publisher import Publisher
@@ -67,6 +69,7 @@ async def _until_done_or_signal(config: RunConfig) -> int:
 
 async def _session(config: RunConfig) -> None:
     """One run. What is opened is closed in reverse order, on success, error and signal alike."""
+    config = with_absolute_paths(config)  # workers on other nodes have other working directories
     task = build_task(config.task, config.seed)  # first: bad data should not cost the start of a cluster
     run_dir = _new_run_dir(config)
     device = resolve_device(config)
@@ -79,6 +82,7 @@ async def _session(config: RunConfig) -> None:
         cluster = RayCluster(config, run_dir, device)
         stack.push_async_callback(_to_the_end, cluster.close)
 
+        _tell_about_data(task, console, log)
         console.status(f"run directory {run_dir}; starting Ray")
         await cluster.start()
         console.status("starting engines and trainer")
@@ -108,6 +112,15 @@ async def _session(config: RunConfig) -> None:
         console.status("stopping the workers")
 
 
+def _tell_about_data(task: Task, console: Console, log: MetricsLog) -> None:
+    """Say what was left out of the user's data, and what will therefore not happen."""
+    if task.skipped_rows:
+        console.status(f"{task.name}: {task.skipped_rows} bad rows were skipped")
+        log.log("run", 0, {"data/skipped_rows": float(task.skipped_rows)})
+    if not task.problems("eval"):
+        console.status(f"{task.name} holds no problems out: there will be no evaluation")
+
+
 async def _to_the_end(close: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Close, whatever signal arrives meanwhile: a clean-up that is cut short would leave processes behind."""
     closing = asyncio.create_task(close())
@@ -122,8 +135,11 @@ def _new_run_dir(config: RunConfig) -> Path:
     run_dir = Path(config.run_dir or f"outputs/{config.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     if (run_dir / "metrics.jsonl").exists():
         raise ConfigError(f"run_dir={run_dir} holds a run already; choose another run_dir, or move that one away")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(config.dump())), sort_keys=False))
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(config.dump())), sort_keys=False))
+    except OSError as error:
+        raise EnvironmentProblem(f"run_dir={run_dir}: {error.strerror}; choose another run_dir") from error
     return run_dir
 
 

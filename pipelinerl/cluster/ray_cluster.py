@@ -70,7 +70,7 @@ class RayCluster:
             return
         await asyncio.wait([self._started])
         if self._started.exception() is None:
-            await asyncio.gather(*(self._stop(worker) for worker in self._workers))
+            await asyncio.gather(*(_stop(worker) for worker in self._workers))
             await asyncio.to_thread(ray.shutdown)
 
     def _start(
@@ -90,12 +90,15 @@ class RayCluster:
         self._workers.append(worker)
         return worker
 
-    async def _stop(self, worker: RemoteWorker) -> None:
+
+async def _stop(worker: RemoteWorker) -> None:
+    """Engines have processes of their own to stop; a trainer rank has nothing to say and may be busy for long."""
+    if worker.is_async:
         try:
             await worker.call("close", timeout_s=CLOSE_TIMEOUT_S)
-        except Exception as error:  # it is on its way out anyway; say so and make sure
+        except Exception as error:  # it is on its way out anyway; killing it ends its processes too
             logging.getLogger(__name__).debug("closing %s: %s", worker.name, error)
-        worker.kill()
+    worker.kill()
 
 
 def _init_ray(config: RunConfig) -> None:

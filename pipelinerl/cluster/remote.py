@@ -51,8 +51,9 @@ class _AsyncHost(_Host):
 class RemoteWorker:
     """The driver's handle on a worker process."""
 
-    def __init__(self, name: str, actor: Any, log_path: Path):
+    def __init__(self, name: str, actor: Any, log_path: Path, is_async: bool):
         self.name = name
+        self.is_async = is_async
         self._actor = actor
         self._log_path = log_path
 
@@ -81,7 +82,7 @@ class RemoteWorker:
             runtime_env={"env_vars": dict(env)},
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
         ).remote(target, str(log_path), args)
-        return cls(name, actor, log_path)
+        return cls(name, actor, log_path, is_async)
 
     async def call(self, method: str, *args: Any, timeout_s: float | None = None) -> Any:
         """Run a method of the worker and return its result. ObjectRefs among `args` arrive as their values."""

@@ -18,6 +18,18 @@ def preflight(config: RunConfig) -> None:
     _devices_suffice(config, resolve_device(config, gpus), gpus)
 
 
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The same configuration with local paths that mean the same from every working directory."""
+    model = config.model
+    if _is_local(model.path):
+        model = model.model_copy(update={"path": str(Path(model.path).resolve())})
+    task = config.task
+    if isinstance(task, JsonlTask):
+        eval_path = None if task.eval_path is None else str(Path(task.eval_path).resolve())
+        task = task.model_copy(update={"path": str(Path(task.path).resolve()), "eval_path": eval_path})
+    return config.model_copy(update={"model": model, "task": task})
+
+
 def _model_is_there(config: RunConfig) -> None:
     path = config.model.path
     directory = Path(path)

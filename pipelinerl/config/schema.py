@@ -259,7 +259,7 @@ class ClusterConfig(Section):
     address: str = Field("local", description="local starts a Ray cluster for this run; otherwise one to join")
     num_cpus: PositiveInt | None = Field(None, description="of a local cluster; null = all cores")
     object_store_mb: Annotated[int, Field(ge=80)] | None = Field(None, description="of a local cluster")
-    stall_timeout_s: PositiveFloat = Field(900.0, description="stop (exit 4) when nothing finished for so long")
+    stall_timeout_s: PositiveFloat = Field(3600.0, description="stop (exit 4) when nothing finished for so long")
 
 
 class WandbConfig(Section):
@@ -363,6 +363,15 @@ def _contradictions(config: RunConfig) -> "list[str]":
             f"batch.groups_per_step * batch.group_size = {config.batch.groups_per_step * config.batch.group_size} "
             f"samples cannot feed trainer.ranks={config.trainer.ranks}"
         )
+    for key, limit in (
+        ("trainer.step_timeout_s", config.trainer.step_timeout_s),
+        ("weights.timeout_s", config.weights.timeout_s),
+    ):
+        if limit >= config.cluster.stall_timeout_s:
+            found.append(
+                f"{key}={limit:g} is not below cluster.stall_timeout_s={config.cluster.stall_timeout_s:g}, "
+                "which would end the run first; raise stall_timeout_s"
+            )
     if config.trainer.warmup_steps > config.steps:
         found.append(f"trainer.warmup_steps={config.trainer.warmup_steps} is longer than steps={config.steps}")
     return found

@@ -1,9 +1,9 @@
 """A group: several independent episodes on one problem, so that their rewards can be compared."""
 
-import asyncio
 from collections.abc import Callable
 
-from pipelinerl.errors import PipelineRLError, first_error
+from pipelinerl.concurrency import together
+from pipelinerl.errors import PipelineRLError
 from pipelinerl.rollout.episode import GenerateFn, failed_rollout, run_episode
 from pipelinerl.rollout.tokens import ChatRenderer
 from pipelinerl.tasks.base import Env
@@ -33,10 +33,4 @@ async def run_group(
             return failed_rollout(error)
         return await run_episode(env, generate, renderer, max_total_tokens)
 
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            episodes = [tasks.create_task(episode()) for _ in range(size)]
-    except BaseExceptionGroup as group:
-        error = first_error(group)
-        raise error from error.__cause__
-    return RolloutGroup(group_id, problem.id, tuple(task.result() for task in episodes))
+    return RolloutGroup(group_id, problem.id, tuple(await together(*(episode() for _ in range(size)))))

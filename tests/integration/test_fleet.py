@@ -170,7 +170,7 @@ class FakeActor:
 
 
 def worker_that(outcome: Callable[[], Awaitable[Any]]) -> RemoteWorker:
-    return RemoteWorker("engine 0", FakeActor(outcome), Path("logs/engine_0.log"))
+    return RemoteWorker("engine 0", FakeActor(outcome), Path("logs/engine_0.log"), is_async=True)
 
 
 def raising(error: Exception) -> Callable[[], Awaitable[Any]]:

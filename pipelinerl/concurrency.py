@@ -1,0 +1,33 @@
+"""Structured concurrency whose errors arrive as they were raised, not wrapped in an ExceptionGroup."""
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+from pipelinerl.errors import first_error
+
+
+@asynccontextmanager
+async def background(*loops: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run `loops` beside the body. An error of one ends the body, the end of the body ends them all."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(loop) for loop in loops]
+            yield
+            for task in tasks:
+                task.cancel()
+    except BaseExceptionGroup as errors:
+        error = first_error(errors)
+        raise error from error.__cause__
+
+
+async def together(*parts: Coroutine[Any, Any, Any]) -> list[Any]:
+    """The results of all parts, in order. Unlike `gather`, leaves no part running when one fails."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(part) for part in parts]
+    except BaseExceptionGroup as errors:
+        error = first_error(errors)
+        raise error from error.__cause__
+    return [task.result() for task in tasks]

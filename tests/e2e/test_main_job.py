@@ -1,0 +1,163 @@
+"""The main job as a newcomer runs it, shortened: two scripts, a run directory, a model that other programs load."""
+
+import json
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelinerl.config.schema import SortTask
+from pipelinerl.metrics.log import read_metrics
+from pipelinerl.metrics.rollouts import read_rollouts
+from pipelinerl.tasks.registry import build_task
+from tests.e2e.harness import TrainCommand
+
+ROOT = Path(__file__).parents[2]
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Run directory and output of `scripts/quickstart.sh`, started from another directory."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    overrides = [f"steps={STEPS}", f"run_dir={folder / 'run'}", "metrics.rollout_groups_per_step=null"]
+    done = subprocess.run(
+        [ROOT / "scripts" / "quickstart.sh", *overrides], cwd=folder, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "run", done.stdout
+
+
+def of_kind(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    return [record for record in read_metrics(run_dir / "metrics.jsonl") if record["kind"] == kind]
+
+
+def test_the_quickstart_leaves_everything_it_promises(quickstart: tuple[Path, str]) -> None:
+    run_dir, output = quickstart
+    for name in ("config.yaml", "settings.json", "metrics.jsonl", "plots/reward.png", "model/model.safetensors"):
+        assert (run_dir / name).is_file(), name
+    assert list(run_dir.glob("wandb/offline-run-*/*.wandb"))
+    assert sum(f"/{STEPS}  reward" in line for line in output.splitlines()) == STEPS  # one plain line per step
+    assert "wandb sync" in output and "Traceback" not in output
+    engine = json.loads((run_dir / "settings.json").read_text())["engines"][0]
+    assert engine["logprobs_mode"] == "processed_logprobs" and engine["head_dtype"] == "float32"
+    assert not engine["prefix_caching"] and not engine["async_scheduling"]
+
+
+def test_the_quickstart_measures_what_it_did(quickstart: tuple[Path, str]) -> None:
+    run_dir, _ = quickstart
+    steps, evaluations = of_kind(run_dir, "train"), of_kind(run_dir, "eval")
+    assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
+    assert [record["step"] for record in evaluations] == [0, STEPS]
+    assert all(record["staleness/max"] <= 2 for record in steps)
+    assert max(record["staleness/max"] for record in steps) > 0, "generation overlaps training"
+    assert steps[0]["mismatch/abs_logprob_mean"] < 1e-4 and steps[0]["mismatch/tokens"] > 1000
+    assert all(record["optim/skipped"] == 0 and record["sync/bytes"] > 1e6 for record in steps)
+
+
+def test_every_trained_completion_is_on_file_with_its_provenance(quickstart: tuple[Path, str]) -> None:
+    run_dir, _ = quickstart
+    rows = read_rollouts(run_dir)
+    groups = [row["group_id"] for row in rows]
+    assert groups == sorted(groups) and len(rows) == STEPS * 64 * 8, "prompts are trained on in order of admission"
+    for row in rows:
+        spans = row["weight_versions"]
+        assert spans[0][1] == 0 and spans[-1][2] == len(row["completion_ids"]) == len(row["logprobs"])
+        assert all(end == start for (_, _, end), (_, start, _) in pairwise(spans))
+        assert all(0 <= row["step"] - 1 - version <= 2 for version, _, _ in spans)
+        assert all(logprob <= 0 for logprob in row["logprobs"])
+        assert row["outcome"] != "ok" or row["reward"] in (0.0, 1.0)
+
+
+@pytest.mark.parametrize("program", ["transformers", "vllm"])
+def test_the_exported_model_reproduces_the_reported_accuracy(quickstart: tuple[Path, str], program: str) -> None:
+    run_dir, _ = quickstart
+    reported = of_kind(run_dir, "eval")[-1]["eval/sort/accuracy"]
+    measured = (transformers_accuracy if program == "transformers" else vllm_accuracy)(run_dir / "model")
+    assert measured == pytest.approx(reported, abs=2 / 256)  # two near ties among 256 greedy completions
+
+
+def eval_problems() -> tuple[list[str], list[str]]:
+    problems = build_task(SortTask(), seed=0).problems("eval")
+    return [f"sort {p.data['digits']}" for p in problems], [p.data["answer"] for p in problems]
+
+
+def transformers_accuracy(model_dir: Path) -> float:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
+    questions, answers = eval_problems()
+    chats = [[{"role": "user", "content": question}] for question in questions]
+    inputs = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    outputs = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    texts = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return sum(text == answer for text, answer in zip(texts, answers, strict=True)) / len(answers)
+
+
+VLLM_PROGRAM = """
+import json, sys
+from vllm import LLM, SamplingParams
+if __name__ == "__main__":
+    llm = LLM(sys.argv[1], max_model_len=128, enforce_eager=True, kv_cache_memory_bytes=64 << 20)
+    chats = [[{"role": "user", "content": question}] for question in json.load(sys.stdin)]
+    outputs = llm.chat(chats, SamplingParams(temperature=0, max_tokens=12))
+    print("ANSWERS" + json.dumps([output.outputs[0].text for output in outputs]))
+"""
+
+
+def vllm_accuracy(model_dir: Path) -> float:
+    questions, answers = eval_problems()
+    env = os.environ | {"TORCHDYNAMO_DISABLE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", VLLM_PROGRAM, model_dir],
+        input=json.dumps(questions),
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if line.startswith("ANSWERS"))
+    texts = json.loads(line.removeprefix("ANSWERS"))
+    return sum(text == answer for text, answer in zip(texts, answers, strict=True)) / len(answers)
+
+
+def run_to_the_end(run_dir: Path, *overrides: str) -> list[dict[str, Any]]:
+    """Train with the real command; returns the records of the steps. Nothing may be left running."""
+    run = TrainCommand(run_dir, ["eval.at_start=false", "eval.at_end=false", "metrics.wandb.mode=disabled", *overrides])
+    try:
+        assert run.exit_code(240) == 0, run.output
+        assert run.leftovers() == []
+    finally:
+        run.close()
+    return of_kind(run_dir, "train")
+
+
+def test_updates_land_inside_long_completions(random_model: Path, tmp_path: Path) -> None:
+    steps = run_to_the_end(
+        tmp_path / "run",
+        "experiment=longform",
+        f"model.path={random_model}",
+        "steps=10",
+        "sampling.max_tokens=64",
+        "algo=reinforce_is",
+    )
+    assert len(steps) == 10 and all(record["staleness/max"] <= 2 for record in steps)
+    assert max(record["staleness/multi_version_frac"] for record in steps[3:]) > 0.25
+    rows = read_rollouts(tmp_path / "run")
+    assert any(len(row["weight_versions"]) > 1 and row["weight_versions"][0][2] > 1 for row in rows)
+
+
+def test_sync_mode_in_bf16_trains_on_policy_with_matching_logprobs(
+    quickstart: tuple[Path, str], tmp_path: Path
+) -> None:
+    overrides = ["async.mode=sync", "model.dtype=bfloat16", "steps=4", f"model.path={ROOT / 'models' / 'tiny'}"]
+    steps = run_to_the_end(tmp_path / "run", *overrides)
+    for record in steps:
+        assert record["staleness/max"] == 0
+        assert 0 < record["mismatch/abs_logprob_mean"] < 2e-2  # bf16 kernels differ, a stale or wrong head would be 0.1

@@ -1,0 +1,56 @@
+"""What the README shows is what there is: its commands run, its files exist; the requirement files name no address."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pipelinerl.commands.train import KNOBS
+from pipelinerl.config.load import load_config
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def shown_commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def test_every_command_is_one_that_a_test_knows() -> None:
+    kinds = ("pipelinerl train", "pipelinerl make-tiny", "./scripts/")
+    assert [command for command in shown_commands() if not command.startswith(kinds)] == []
+
+
+@pytest.mark.parametrize("command", [c for c in shown_commands() if c.startswith("pipelinerl train")])
+def test_every_train_command_composes(command: str) -> None:
+    load_config([word for word in shlex.split(command)[2:] if not word.startswith("--")])
+
+
+@pytest.mark.parametrize("script", sorted({c.split()[0] for c in shown_commands() if c.startswith("./scripts/")}))
+def test_every_script_is_there_and_parses(script: str) -> None:
+    assert (ROOT / script).stat().st_mode & 0o100, f"{script} is not executable"
+    subprocess.run(["bash", "-n", ROOT / script], check=True)
+
+
+def test_every_linked_file_is_there() -> None:
+    targets = re.findall(r"\]\(([^)]+)\)", README)
+    assert targets and [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_the_first_settings_are_those_of_the_help_with_the_quickstarts_values() -> None:
+    table = dict(re.findall(r"^\| `([a-z_.]+)` \| ([^|]+?) \|", README, flags=re.MULTILINE))
+    assert list(table) == list(KNOBS)
+    config = load_config()
+    shown = {"steps": config.steps, "trainer.lr": config.trainer.lr, "async.max_lag": config.async_.lag_bound}
+    shown |= {"batch.groups_per_step": config.batch.groups_per_step, "batch.group_size": config.batch.group_size}
+    shown |= {"sampling.max_tokens": config.sampling.max_tokens, "sampling.temperature": config.sampling.temperature}
+    for key, value in shown.items():
+        assert float(table[key]) == value, key
+
+
+def test_requirement_files_name_no_address_and_no_local_path() -> None:
+    for path in (ROOT / "scripts" / "requirements").glob("*.txt"):
+        assert not re.search(r"://|@ |^[./-]", path.read_text(), flags=re.MULTILINE), path.name
