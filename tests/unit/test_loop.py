@@ -29,6 +29,9 @@ from tests.unit.fakes import (
 
 OK, ERROR, ABORT, TIMEOUT = Outcome.OK, Outcome.ENV_ERROR, Outcome.INFRA_ABORT, Outcome.VERIFIER_TIMEOUT
 
+# The watchdog must be the last to lose patience, or the configuration is refused.
+STALL_SOON = ("trainer.step_timeout_s=0.2", "weights.timeout_s=0.2")
+
 
 @asynccontextmanager
 async def training(run: FakeRun) -> AsyncIterator["asyncio.Task[None]"]:
@@ -377,7 +380,7 @@ async def test_a_run_in_which_nothing_happens_is_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_up: str
 ) -> None:
     monkeypatch.setattr(loop, "HEALTH_INTERVAL_S", 0.01)
-    run = fake_run(tmp_path, "cluster.stall_timeout_s=0.3")
+    run = fake_run(tmp_path, *STALL_SOON, "cluster.stall_timeout_s=0.3")
     gate = run.trainer.gates.setdefault(2, Gate())
     {"groups": run.fleet.gate, "step": gate, "evaluation": run.fleet.eval_gate}[held_up].close()
     error = await error_of(run)
@@ -389,7 +392,8 @@ async def test_a_run_in_which_nothing_happens_is_ended(
 async def test_any_step_group_or_evaluated_problem_is_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each pause is shorter than the limit, and what comes between them is of a kind of its own."""
     monkeypatch.setattr(loop, "HEALTH_INTERVAL_S", 0.01)
-    run = fake_run(tmp_path, "cluster.stall_timeout_s=0.75", "weights.every=4", "async.max_lag=3", "eval.at_end=false")
+    overrides = ["cluster.stall_timeout_s=0.75", "weights.every=4", "async.max_lag=3", "eval.at_end=false"]
+    run = fake_run(tmp_path, *STALL_SOON, *overrides)
     evaluations = asyncio.Semaphore(0)
     run.fleet.eval_gate.pass_through = evaluations.acquire  # type: ignore[method-assign, assignment]
     gates = {step: Gate() for step in (1, 2, 3)}
