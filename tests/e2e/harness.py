@@ -26,7 +26,7 @@ class TrainCommand:
             [sys.executable, "-m", "pipelinerl", "train", f"run_dir={run_dir}", *overrides],
             stdout=self._output,
             stderr=subprocess.STDOUT,
-            env=os.environ | {TAG: self.tag, "OMP_NUM_THREADS": "1"},
+            env=_user_environment() | {TAG: self.tag},
             start_new_session=True,
         )
 
@@ -97,6 +97,11 @@ class TrainCommand:
         for process in self.processes():
             process.kill()
         self._output.close()
+
+
+def _user_environment() -> dict[str, str]:
+    """The environment without what other tests have set in it: the command must do without."""
+    return {key: value for key, value in os.environ.items() if not key.startswith(("VLLM_", "DS_", "TORCH", "OMP_"))}
 
 
 def _alive(process: psutil.Process) -> bool:

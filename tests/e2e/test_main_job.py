@@ -153,11 +153,24 @@ def test_updates_land_inside_long_completions(random_model: Path, tmp_path: Path
     assert any(len(row["weight_versions"]) > 1 and row["weight_versions"][0][2] > 1 for row in rows)
 
 
-def test_sync_mode_in_bf16_trains_on_policy_with_matching_logprobs(
-    quickstart: tuple[Path, str], tmp_path: Path
-) -> None:
-    overrides = ["async.mode=sync", "model.dtype=bfloat16", "steps=4", f"model.path={ROOT / 'models' / 'tiny'}"]
-    steps = run_to_the_end(tmp_path / "run", *overrides)
+def test_the_users_data_in_sync_mode_on_two_ranks_in_bf16(quickstart: tuple[Path, str], tmp_path: Path) -> None:
+    data = ROOT / "pipelinerl" / "tasks" / "data" / "word_problems.jsonl"
+    steps = run_to_the_end(
+        tmp_path / "run",
+        "async.mode=sync",
+        "task=jsonl",
+        f"task.path={data}",
+        f"model.path={ROOT / 'models' / 'tiny'}",
+        "model.dtype=bfloat16",
+        "trainer.ranks=2",
+        "steps=3",
+        "batch.groups_per_step=8",
+        "engine.max_model_len=512",
+        "sampling.max_tokens=32",
+    )
     for record in steps:
-        assert record["staleness/max"] == 0
-        assert 0 < record["mismatch/abs_logprob_mean"] < 2e-2  # bf16 kernels differ, a stale or wrong head would be 0.1
+        assert record["staleness/max"] == 0 and record["outcome/env_error"] == 0
+        assert record["mismatch/tokens"] == record["completion/tokens_sum"]
+        assert 0 < record["mismatch/abs_logprob_mean"] < 2e-2  # bf16 kernels differ; a wrong head would give 0.1
+    rows = read_rollouts(tmp_path / "run")
+    assert rows[0]["problem_id"].startswith("train/") and "<|user|>" in rows[0]["prompt"]

@@ -14,8 +14,8 @@ from pipelinerl.tiny.tokenizer import build_tokenizer
 MAX_LENGTH = 256
 
 
-def write_model(target: Path, *, tied: bool, seed: int = 0) -> Path:
-    """A random Qwen2 model directory with the project's tokenizer: 128 wide, 2 layers, grouped-query attention.
+def write_model(target: Path, *, tied: bool, seed: int = 0, hidden_size: int = 128) -> Path:
+    """A random Qwen2 model directory with the project's tokenizer: 2 layers, grouped-query attention.
 
     Heads of 32: the CPU attention of vLLM knows none of 16.
 
@@ -24,11 +24,11 @@ def write_model(target: Path, *, tied: bool, seed: int = 0) -> Path:
     tokenizer = build_tokenizer(MAX_LENGTH)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=hidden_size // 32,
+        num_key_value_heads=hidden_size // 64,
         max_position_embeddings=MAX_LENGTH,
         tie_word_embeddings=tied,
         initializer_range=0.08,
