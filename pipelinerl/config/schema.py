@@ -372,6 +372,4 @@ def _contradictions(config: RunConfig) -> "list[str]":
                 f"{key}={limit:g} is not below cluster.stall_timeout_s={config.cluster.stall_timeout_s:g}, "
                 "which would end the run first; raise stall_timeout_s"
             )
-    if config.trainer.warmup_steps > config.steps:
-        found.append(f"trainer.warmup_steps={config.trainer.warmup_steps} is longer than steps={config.steps}")
     return found

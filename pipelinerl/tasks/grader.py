@@ -76,7 +76,7 @@ class Grader:
         try:
             pipe.write(request.encode() + b"\n")
             await pipe.drain()
-        except (BrokenPipeError, ConnectionResetError):
+        except (BrokenPipeError, ConnectionResetError, RuntimeError):  # RuntimeError: uvloop, which Ray's actors run on
             raise await self._death() from None
         return await self._reply()
 

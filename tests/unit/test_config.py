@@ -164,7 +164,7 @@ def test_all_problems_are_reported_at_once() -> None:
 
 def test_all_contradictions_are_reported_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        load_config(["sampling.max_tokens=300", "weights.every=9", "trainer.warmup_steps=100001"])
+        load_config(["sampling.max_tokens=300", "weights.every=9", "engine.max_num_batched_tokens=7"])
     assert len(str(caught.value).splitlines()) == 3
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import uvloop
 
 from pipelinerl.errors import ConfigError, WorkerDied
 from pipelinerl.tasks.grading import GraderPool
@@ -231,6 +232,24 @@ async def test_a_grader_killed_from_outside_is_a_worker_that_died(pool: GraderPo
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(WorkerDied, match=f"grader process {pid} was killed by SIGKILL"):
         await grading
+
+
+def test_the_death_of_an_idle_grader_is_noticed_on_uvloop_too() -> None:
+    """Ray runs async actors on uvloop, whose closed pipes raise other errors than asyncio's."""
+
+    async def scenario() -> None:
+        pool = GraderPool(processes=1, timeout_s=10)
+        await pool.start()
+        try:
+            await pool.grade("pipelinerl.tasks.scorers:exact_match", {"text": "7", "answer": "7"})
+            os.kill(pool.pids[0], signal.SIGKILL)
+            await asyncio.sleep(0.3)  # the loop sees the pipe close before the next request
+            with pytest.raises(WorkerDied, match="was killed by SIGKILL"):
+                await pool.grade("pipelinerl.tasks.scorers:exact_match", {"text": "7", "answer": "7"})
+        finally:
+            await pool.close()
+
+    uvloop.run(scenario())
 
 
 async def test_a_cancelled_grade_does_not_answer_the_next_one(pool: GraderPool) -> None:
