@@ -12,8 +12,10 @@ With Delta = logprob_new - logprob_rollout and rho = exp(Delta), nothing clamped
     policy/logprob_{new,rollout}   mean logprob of the sampled token, nats
     policy/ess               (sum rho)^2 / (n sum rho^2), effective sample size, in (0, 1]
 
-and over the lag-0 tokens only, which the very weights that are being trained sampled. There Delta would be 0 if engine
-and trainer computed the same; what is left is mismatch, and staleness plays no part in it:
+and over the lag-0 sequences only, all of whose tokens the very weights that are being trained sampled. There Delta would
+be 0 if engine and trainer computed the same; what is left is mismatch, and staleness plays no part in it. (A lag-0 token
+that an update separates from the start of its sequence attends to keys and values of older weights, which the trainer
+does not recompute as the engine had them: in a sequence that straddles an update even exact engines differ.)
 
     mismatch/tokens                  how many there are
     mismatch/abs_logprob_{mean,max}  of |Delta|, nats
@@ -106,15 +108,16 @@ def token_sums(
     entropy: Tensor,
     clipped: Tensor,
     versions: Tensor,
+    sequence: Tensor,
     version: int,
 ) -> Sums:
     """The Sums of one micro-batch, in float64. All tensors [N]; `mask` and `clipped` are bool.
 
-    `versions` holds the version that sampled each token; `version` is that of the weights in this forward pass, so
+    `versions` holds the version that sampled each token, `sequence` the index of its sequence; `version` is that of the weights in this forward pass, so
     before the optimizer step. Values outside the mask do not matter. A non-finite logprob inside it makes the
     metrics of the ratio non-finite instead of hiding behind an exp(-inf) = 0.
     """
-    for values in (logprobs_rollout, mask, entropy, clipped, versions):
+    for values in (logprobs_rollout, mask, entropy, clipped, versions, sequence):
         assert values.shape == logprobs_new.shape, (values.shape, logprobs_new.shape)
     assert mask.dtype == clipped.dtype == torch.bool, (mask.dtype, clipped.dtype)
     new, rollout = logprobs_new[mask].double(), logprobs_rollout[mask].double()
@@ -122,7 +125,7 @@ def token_sums(
     delta = torch.where(delta.isfinite(), delta, math.nan)
     ratio = delta.exp()
     k3 = delta.expm1() - delta  # rho - 1 - Delta without its cancellation near rho = 1
-    lag0 = versions[mask] == version
+    lag0 = _oldest(versions[mask], sequence[mask]) == version
     size = delta[lag0].abs()
     outside = torch.where(size.isnan(), size, (size > math.log(2)).double())
     totals = (
@@ -141,6 +144,12 @@ def token_sums(
         outside,
     )
     return Sums(torch.stack([values.sum() for values in totals]), _maximum(size)[None])
+
+
+def _oldest(versions: Tensor, sequence: Tensor) -> Tensor:
+    """For each token [N] the oldest version in its sequence."""
+    oldest = versions.new_full((int(sequence.max()) + 1 if len(sequence) else 0,), torch.iinfo(versions.dtype).max)
+    return oldest.scatter_reduce(0, sequence, versions, "amin")[sequence]
 
 
 def _maximum(size: Tensor) -> Tensor:

@@ -87,6 +87,7 @@ def _micro_batch(backend: DeepSpeedBackend, batch: PackedBatch, version: int, al
         entropy=entropy,
         clipped=outputs.clipped,
         versions=at_loss(batch.versions),
+        sequence=inputs.sequence,
         version=version,
     )
     loss = outputs.token_loss.sum() + keep_graph

@@ -149,6 +149,7 @@ def test_updates_land_inside_long_completions(random_model: Path, tmp_path: Path
     )
     assert len(steps) == 10 and all(record["staleness/max"] <= 2 for record in steps)
     assert max(record["staleness/multi_version_frac"] for record in steps[3:]) > 0.25
+    assert all(record.get("mismatch/abs_logprob_mean", 0) < 1e-4 for record in steps), "old KV is not mismatch"
     rows = read_rollouts(tmp_path / "run")
     assert any(len(row["weight_versions"]) > 1 and row["weight_versions"][0][2] > 1 for row in rows)
 

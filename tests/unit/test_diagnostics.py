@@ -23,7 +23,8 @@ token = st.tuples(st.floats(-6, 0), st.floats(-6, 0), st.booleans(), st.floats(0
 batches = st.lists(token, min_size=0, max_size=20)
 
 
-def sums(rows, version=5):
+def sums(rows, version=5, sequence=None):
+    """Each row is a token, and a sequence of its own unless `sequence` says otherwise."""
     new, rollout, mask, entropy, clipped, versions = zip(*rows, strict=True) if rows else ([],) * 6
     return token_sums(
         logprobs_new=torch.tensor(new, dtype=torch.float32, requires_grad=True),
@@ -32,6 +33,7 @@ def sums(rows, version=5):
         entropy=torch.tensor(entropy, dtype=torch.float32),
         clipped=torch.tensor(clipped, dtype=torch.bool),
         versions=torch.tensor(versions, dtype=torch.int32),
+        sequence=torch.tensor(range(len(rows)) if sequence is None else sequence, dtype=torch.int64),
         version=version,
     )
 
@@ -88,6 +90,16 @@ def test_tiny_differences_are_not_lost_to_cancellation():
 def test_ratios_are_not_clamped():
     # the losses clamp log-ratios at 20; here exp(30) has to show
     assert sums([(0.0, -30.0, True, 1.0, True, 5)]).finish()["policy/ratio_mean"] == pytest.approx(math.exp(30))
+
+
+def test_a_sequence_that_straddles_an_update_is_not_mismatch():
+    # its later tokens are of lag 0, but attend to keys and values of older weights
+    straddling = [(-1.0, -2.0, True, 1.0, False, version) for version in (4, 5, 5)]
+    fresh = [(-1.0, -1.0 - LN4, True, 1.0, False, 5)] * 2
+    prompt = [(math.nan, math.nan, False, math.nan, False, -1)]
+    metrics = sums(straddling + prompt + fresh, sequence=[0, 0, 0, 1, 1, 1]).finish()
+    assert metrics["mismatch/tokens"] == 2
+    assert metrics["mismatch/abs_logprob_mean"] == pytest.approx(LN4, rel=1e-6)
 
 
 def test_without_lag_0_tokens_there_is_no_mismatch_to_report():
