@@ -12,10 +12,10 @@ With Delta = logprob_new - logprob_rollout and rho = exp(Delta), nothing clamped
     policy/logprob_{new,rollout}   mean logprob of the sampled token, nats
     policy/ess               (sum rho)^2 / (n sum rho^2), effective sample size, in (0, 1]
 
-and over the lag-0 sequences only, all of whose tokens the very weights that are being trained sampled. There Delta would
-be 0 if engine and trainer computed the same; what is left is mismatch, and staleness plays no part in it. (A lag-0 token
-that an update separates from the start of its sequence attends to keys and values of older weights, which the trainer
-does not recompute as the engine had them: in a sequence that straddles an update even exact engines differ.)
+and over the lag-0 sequences only, all of whose tokens the very weights that are being trained sampled. There Delta
+would be 0 if engine and trainer computed the same; what is left is mismatch, and staleness plays no part in it. (A lag-0
+token that an update separates from the start of its sequence attends to keys and values of older weights, which the
+trainer does not recompute as the engine had them: in a sequence that straddles an update even exact engines differ.)
 
     mismatch/tokens                  how many there are
     mismatch/abs_logprob_{mean,max}  of |Delta|, nats
@@ -113,9 +113,9 @@ def token_sums(
 ) -> Sums:
     """The Sums of one micro-batch, in float64. All tensors [N]; `mask` and `clipped` are bool.
 
-    `versions` holds the version that sampled each token, `sequence` the index of its sequence; `version` is that of the weights in this forward pass, so
-    before the optimizer step. Values outside the mask do not matter. A non-finite logprob inside it makes the
-    metrics of the ratio non-finite instead of hiding behind an exp(-inf) = 0.
+    `versions` holds the version that sampled each token, `sequence` the index of its sequence; `version` is that of the
+    weights in this forward pass, so before the optimizer step. Values outside the mask do not matter. A non-finite
+    logprob inside it makes the metrics of the ratio non-finite instead of hiding behind an exp(-inf) = 0.
     """
     for values in (logprobs_rollout, mask, entropy, clipped, versions, sequence):
         assert values.shape == logprobs_new.shape, (values.shape, logprobs_new.shape)
