@@ -12,8 +12,8 @@ With Delta = logprob_new - logprob_rollout and rho = exp(Delta), nothing clamped
     policy/logprob_{new,rollout}   mean logprob of the sampled token, nats
     policy/ess               (sum rho)^2 / (n sum rho^2), effective sample size, in (0, 1]
 
-and over the lag-0 sequences only, all of whose tokens the very weights that are being trained sampled. There Delta would
-be 0 if engine and trainer computed the same; what is left is mismatch, and staleness plays no part in it. (A lag-0
+and over the lag-0 sequences only, all of whose tokens the very weights that are being trained sampled. If engine and
+trainer computed the same, Delta would be 0 there; what is left is mismatch, and staleness plays no part in it. (A lag-0
 token that an update separates from the start of its sequence attends to keys and values of older weights, which the
 trainer does not recompute as the engine had them: in a sequence that straddles an update even exact engines differ.)
 
