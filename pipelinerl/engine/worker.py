@@ -38,6 +38,7 @@ class RolloutWorker:
         self._graders = GraderPool(config.grading.processes, config.grading.timeout_s)
         await self._graders.start()
         self._engine = await VllmEngine.start(config, self._index, self._device, self._backend)
+        print(f"engine {self._index} resolved to {self._engine.settings}", flush=True)  # into its log file
         tokenizer = AutoTokenizer.from_pretrained(config.model.path)
         self._renderer = ChatRenderer(tokenizer, config.model.enable_thinking)
         return self._engine.settings
