@@ -7,6 +7,7 @@ import pytest
 
 from pipelinerl.config.schema import WeightsConfig
 from pipelinerl.errors import WeightSyncError, WorkerDied
+from pipelinerl.weights import publisher
 from pipelinerl.weights.manifest import Manifest, Parameter
 from pipelinerl.weights.publisher import Publisher
 from tests.unit.fakes import SECONDS
@@ -21,6 +22,7 @@ class Trainer:
         self.backend = ""
         self.world_size = 0
         self.sent = 0
+        self.error: Exception | None = None
 
     async def listen(self, backend: str) -> dict[str, Any]:
         self.backend = backend
@@ -32,6 +34,8 @@ class Trainer:
         return MANIFEST
 
     async def send_weights(self) -> dict[str, float]:
+        if self.error is not None:
+            raise self.error
         await self._meeting.wait()
         self.sent += 1
         return {"seconds": 0.5, "bytes": 80.0}
@@ -44,6 +48,7 @@ class Engine:
         self.init_info: dict[str, Any] = {}
         self.updates: list[tuple[dict[str, Any], int]] = []
         self.error: Exception | None = None
+        self.seconds_to_error = 0.0
         self.hangs = False
 
     async def connect(self, init_info: dict[str, Any]) -> None:
@@ -52,12 +57,19 @@ class Engine:
 
     async def update_weights(self, update_info: dict[str, Any], version: int) -> dict[str, float]:
         if self.error is not None:
+            await asyncio.sleep(self.seconds_to_error)
             raise self.error
         if self.hangs:
             await asyncio.Event().wait()
         await self._meeting.wait()
         self.updates.append((update_info, version))
         return {"pause_s": 1.0 + self._number, "drain_s": 0.25 * self._number, "transfer_s": 3.0 - self._number}
+
+
+@pytest.fixture(autouse=True)
+def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Members have a tenth of a second to report after one has failed."""
+    monkeypatch.setattr(publisher, "CAUSE_GRACE_S", 0.1)
 
 
 class Setup:
@@ -130,6 +142,15 @@ async def test_an_update_that_takes_too_long_names_the_setting() -> None:
 async def test_the_error_of_an_engine_ends_the_update_at_once() -> None:
     setup = await Setup().connected()
     setup.engines[0].error = WorkerDied("engine 0: gone")
+    async with asyncio.timeout(SECONDS):
+        with pytest.raises(WorkerDied, match="engine 0: gone"):
+            await setup.publisher.publish(1)
+
+
+async def test_a_dead_engine_is_the_cause_though_the_trainer_complains_first() -> None:
+    setup = await Setup().connected()
+    setup.trainer.error = WeightSyncError("trainer rank 0: connection closed by peer")
+    setup.engines[0].error, setup.engines[0].seconds_to_error = WorkerDied("engine 0: gone"), 0.03
     async with asyncio.timeout(SECONDS):
         with pytest.raises(WorkerDied, match="engine 0: gone"):
             await setup.publisher.publish(1)
