@@ -103,7 +103,7 @@ VLLM_PROGRAM = """
 import json, sys
 from vllm import LLM, SamplingParams
 if __name__ == "__main__":
-    llm = LLM(sys.argv[1], max_model_len=128, enforce_eager=True, kv_cache_memory_bytes=64 << 20)
+    llm = LLM(sys.argv[1], dtype="float32", max_model_len=128, enforce_eager=True, kv_cache_memory_bytes=64 << 20)
     chats = [[{"role": "user", "content": question}] for question in json.load(sys.stdin)]
     outputs = llm.chat(chats, SamplingParams(temperature=0, max_tokens=12))
     print("ANSWERS" + json.dumps([output.outputs[0].text for output in outputs]))

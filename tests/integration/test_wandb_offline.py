@@ -20,8 +20,9 @@ sink = WandbSink(WandbConfig(mode="offline"), Path(sys.argv[1]), {"lr": 1e-3, "a
 sink.write("eval", 0, {"eval/sort/accuracy": 0.25, "time/elapsed_s": 1.0})
 sink.write("train", 1, {"reward/mean": 0.5, "policy/ess": float("nan"), "time/elapsed_s": 2.0})
 if sys.argv[2] != "none":
-    while not sink.sync_hint:
+    while not (sink.sync_hint and sink._queue.empty()):
         time.sleep(0.05)
+    time.sleep(0.5)  # the record taken last is with wandb-core: it dies between two records, not during one
     core, = [child for child in psutil.Process().children() if child.name().startswith("wandb-core")]
     core.send_signal(getattr(signal, sys.argv[2]))
     time.sleep(0.2)
