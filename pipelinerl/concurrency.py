@@ -11,23 +11,25 @@ from pipelinerl.errors import first_error
 @asynccontextmanager
 async def background(*loops: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     """Run `loops` beside the body. An error of one ends the body, the end of the body ends them all."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(loop) for loop in loops]
-            yield
-            for task in tasks:
-                task.cancel()
-    except BaseExceptionGroup as errors:
-        error = first_error(errors)
-        raise error from error.__cause__
+    async with _task_group() as group:
+        tasks = [group.create_task(loop) for loop in loops]
+        yield
+        for task in tasks:
+            task.cancel()
 
 
 async def together(*parts: Coroutine[Any, Any, Any]) -> list[Any]:
     """The results of all parts, in order. Unlike `gather`, leaves no part running when one fails."""
+    async with _task_group() as group:
+        tasks = [group.create_task(part) for part in parts]
+    return [task.result() for task in tasks]
+
+
+@asynccontextmanager
+async def _task_group() -> AsyncIterator[asyncio.TaskGroup]:
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(part) for part in parts]
+            yield group
     except BaseExceptionGroup as errors:
         error = first_error(errors)
         raise error from error.__cause__
-    return [task.result() for task in tasks]

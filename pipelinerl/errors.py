@@ -61,6 +61,12 @@ class BudgetSpent(PipelineRLError):
     exit_code = EXIT_BUDGET_SPENT
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of the error's text, for a message of one line; its type's name when it has no text."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """The first real error inside an exception group, however deep it lies."""
     error: BaseException = group

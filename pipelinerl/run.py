@@ -137,7 +137,7 @@ def _new_run_dir(config: RunConfig) -> Path:
         raise ConfigError(f"run_dir={run_dir} holds a run already; choose another run_dir, or move that one away")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(config.dump())), sort_keys=False))
+        (run_dir / "config.yaml").write_text(yaml.safe_dump(config.dump(), sort_keys=False))
     except OSError as error:
         raise EnvironmentProblem(f"run_dir={run_dir}: {error.strerror}; choose another run_dir") from error
     return run_dir

@@ -57,7 +57,7 @@ class RayCluster:
                 i,
                 engine_group,
                 "pipelinerl.engine.worker:RolloutWorker",
-                (config, i, self._device, backend),
+                (config, i, backend),
                 is_async=True,
             )
             for i, bundle in enumerate(engine_bundles)

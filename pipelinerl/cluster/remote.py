@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from pipelinerl.errors import PipelineRLError, Stalled, WorkerDied
+from pipelinerl.errors import PipelineRLError, Stalled, WorkerDied, first_line
 
 MAX_CONCURRENT_CALLS = 100_000
 
@@ -111,7 +111,7 @@ class RemoteWorker:
             if isinstance(cause, PipelineRLError):
                 raise cause from None
             raise WorkerDied(
-                f"{self.name}: {method} raised {type(cause).__name__}: {_first_line(cause)}; see {self._log_path}"
+                f"{self.name}: {method} raised {type(cause).__name__}: {first_line(cause)}; see {self._log_path}"
             ) from error
         except RayActorError as error:
             raise WorkerDied(f"{self.name}: its process died during {method}; see {self._log_path}") from error
@@ -128,8 +128,3 @@ def _log_to(path: Path) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
-
-
-def _first_line(error: BaseException | None) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else ""

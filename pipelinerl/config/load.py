@@ -17,7 +17,7 @@ from pipelinerl.config.files import conf_dir, group_options
 from pipelinerl.config.keys import defaults, fields_of, section_types
 from pipelinerl.config.overrides import prepare
 from pipelinerl.config.schema import RunConfig
-from pipelinerl.errors import ConfigError
+from pipelinerl.errors import ConfigError, first_line
 
 MISSING = "???"
 
@@ -53,7 +53,7 @@ def _resolved(config: DictConfig) -> Any:
         return _without_missing(OmegaConf.to_container(config, resolve=True))
     except OmegaConfBaseException as error:
         key = str(error.full_key)
-        raise ConfigError(f"{key} = {shown(_raw(config, key))}: {_first_line(error)}") from error
+        raise ConfigError(f"{key} = {shown(_raw(config, key))}: {first_line(error)}") from error
 
 
 def _raw(config: DictConfig, key: str) -> Any:
@@ -93,9 +93,5 @@ def _hydra_errors_explained() -> Iterator[None]:
         raise ConfigError("not readable as YAML: " + " ".join(str(error).split())) from error
     except (HydraException, OmegaConfBaseException) as error:
         cause = error.__cause__
-        detail = f" ({_first_line(cause)})" if isinstance(cause, OmegaConfBaseException) else ""
-        raise ConfigError(f"{_first_line(error)}{detail}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]
+        detail = f" ({first_line(cause)})" if isinstance(cause, OmegaConfBaseException) else ""
+        raise ConfigError(f"{first_line(error)}{detail}") from error

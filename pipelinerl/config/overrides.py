@@ -11,7 +11,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from pipelinerl.config.hints import did_you_mean
-from pipelinerl.errors import ConfigError
+from pipelinerl.errors import ConfigError, first_line
 
 
 def prepare(overrides: Sequence[str], groups: Mapping[str, Sequence[str]]) -> list[str]:
@@ -38,7 +38,7 @@ def _parse(parser: OverridesParser, text: str) -> Override:
     try:
         return parser.parse_override(text)
     except HydraException as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         if not key.lstrip("+").replace(".", "").replace("_", "").replace("/", "").isalnum():
             raise ConfigError(f"{text!r}: {key!r} is no key ({reason}); write key=value") from error
         raise ConfigError(f"{key} = {value!r}: {reason}; quote special characters: '{key}=\"...\"'") from error

@@ -311,7 +311,7 @@ class RunConfig(Section):
 
     def dump(self) -> dict[str, Any]:
         """The whole configuration as plain data, keys as the user writes them."""
-        return self.model_dump(by_alias=True)
+        return self.model_dump(mode="json", by_alias=True)
 
 
 def _contradictions(config: RunConfig) -> "list[str]":

@@ -24,11 +24,11 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from pipelinerl.config.schema import EngineConfig, RunConfig
-from pipelinerl.errors import ParityError, WeightSyncError, WorkerDied
+from pipelinerl.errors import ParityError, WeightSyncError, WorkerDied, first_line
 from pipelinerl.types import Completion, VersionSpan
 
 
-def engine_args(config: RunConfig, device: str, backend: str, seed: int) -> AsyncEngineArgs:
+def engine_args(config: RunConfig, backend: str, seed: int) -> AsyncEngineArgs:
     """Everything that the behaviour of an engine depends on, spelled out."""
     engine, model = config.engine, config.model
     return AsyncEngineArgs(
@@ -100,9 +100,9 @@ class VllmEngine:
         self.version = 0
 
     @classmethod
-    async def start(cls, config: RunConfig, index: int, device: str, backend: str) -> "VllmEngine":
+    async def start(cls, config: RunConfig, index: int, backend: str) -> "VllmEngine":
         """Load the model and serve it as version 0. Each engine has a seed of its own, derived from the run's."""
-        vllm_config = engine_args(config, device, backend, seed=config.seed + index).create_engine_config()
+        vllm_config = engine_args(config, backend, seed=config.seed + index).create_engine_config()
         settings = resolved_settings(vllm_config)
         check_settings(config, settings)
         engine = cls(AsyncLLM.from_vllm_config(vllm_config), settings, config.engine, index)
@@ -155,7 +155,7 @@ class VllmEngine:
         except Exception as error:
             raise WeightSyncError(
                 f"engine {self._index}: the update to version {version} did not complete and the engine stays "
-                f"paused: {_first_line(error)}"
+                f"paused: {type(error).__name__}: {first_line(error)}"
             ) from error
         loaded = time.perf_counter()
         self.version = version
@@ -184,7 +184,3 @@ def _completion(output: CompletionOutput) -> Completion:
     logprobs = np.array([next(iter(entry.values())).logprob for entry in output.logprobs], np.float32)
     spans = tuple(VersionSpan(int(s.version), s.start, s.end) for s in output.weight_versions or ())
     return Completion(tokens, logprobs, spans, output.finish_reason or "abort", "")
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

@@ -20,10 +20,9 @@ from pipelinerl.types import Completion, GroupMeta, Problem, RolloutGroup, Rollo
 class RolloutWorker:
     """Generates and scores groups of completions, and takes weight updates while doing so."""
 
-    def __init__(self, config: RunConfig, index: int, device: str, backend: str):
+    def __init__(self, config: RunConfig, index: int, backend: str):
         self._config = config
         self._index = index
-        self._device = device
         self._backend = backend
         self._task = build_task(config.task, config.seed)
         self._engine: VllmEngine
@@ -37,7 +36,7 @@ class RolloutWorker:
         config = self._config
         self._graders = GraderPool(config.grading.processes, config.grading.timeout_s)
         await self._graders.start()
-        self._engine = await VllmEngine.start(config, self._index, self._device, self._backend)
+        self._engine = await VllmEngine.start(config, self._index, self._backend)
         print(f"engine {self._index} resolved to {self._engine.settings}", flush=True)  # into its log file
         tokenizer = AutoTokenizer.from_pretrained(config.model.path)
         self._renderer = ChatRenderer(tokenizer, config.model.enable_thinking)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from pipelinerl.config.schema import WandbConfig
+from pipelinerl.errors import first_line
 from pipelinerl.metrics.log import ELAPSED, Kind
 
 logger = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ class WandbSink:
                 run.log(record)
             run.finish()
         except Exception as error:
-            self._failure = _first_line(error)
+            self._failure = _described(error)
         _stop_service()
 
     def _start(self) -> Any:
@@ -121,7 +122,7 @@ class WandbSink:
             try:
                 return self._init("online")
             except Exception as error:
-                logger.warning("W&B cannot be reached (%s); logging offline instead", _first_line(error))
+                logger.warning("W&B cannot be reached (%s); logging offline instead", _described(error))
                 self.mode = "offline"
         return self._init("offline")
 
@@ -183,8 +184,8 @@ def redacted(value: Any, secret: bool = False) -> Any:
     return "[redacted]" if secret and isinstance(value, str | bytes) and value else value
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _import_failure() -> str:
@@ -195,7 +196,7 @@ def _import_failure() -> str:
     try:
         import wandb  # noqa: F401
     except Exception as error:
-        return _first_line(error)
+        return _described(error)
     return ""
 
 
@@ -206,7 +207,7 @@ def _stop_service() -> None:
 
         wandb.teardown()
     except Exception as error:
-        logger.debug("wandb.teardown: %s", _first_line(error))
+        logger.debug("wandb.teardown: %s", _described(error))
         _end_wandb_core()
 
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pipelinerl.config.schema import ModelConfig
-from pipelinerl.errors import EnvironmentProblem
+from pipelinerl.errors import EnvironmentProblem, first_line
 from pipelinerl.trainer.attention import ATTENTION, Segments
 
 
@@ -86,7 +86,7 @@ def load_policy(config: ModelConfig, temperature: float, chunk: int, gradient_ch
             config.path, config=hf_config, dtype=getattr(torch, config.dtype), attn_implementation=ATTENTION
         )
     except (OSError, ValueError) as error:
-        raise EnvironmentProblem(f"model.path={config.path}: {_first_line(error)}") from error
+        raise EnvironmentProblem(f"model.path={config.path}: {first_line(error)}") from error
     hf.config.use_cache = False
     if gradient_checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -104,7 +104,3 @@ def export_policy(model: PolicyModel, tokenizer_source: str, target: Path) -> No
     AutoTokenizer.from_pretrained(tokenizer_source).save_pretrained(staging)
     model.hf.config._attn_implementation = attention
     staging.rename(target)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

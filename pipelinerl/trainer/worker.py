@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from pipelinerl.batch.samples import collate, dummy_sample, train_sample
 from pipelinerl.config.schema import RunConfig
@@ -91,11 +90,6 @@ class TrainerWorker:
     def export(self, target: str) -> None:
         """Rank 0 only: write the model and its tokenizer to `target`."""
         export_policy(self._policy, self._config.model.path, Path(target))
-
-    def close(self) -> None:
-        """Leave the process group."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def _samples(refs: Sequence[SampleRef], payloads: Sequence[RolloutGroup]) -> list[TrainSample]:

@@ -100,17 +100,20 @@ class Publisher:
         """
         tasks = [asyncio.ensure_future(call) for call in calls]
         try:
-            _, pending = await asyncio.wait(tasks, timeout=self._config.timeout_s, return_when=asyncio.FIRST_EXCEPTION)
-            errors = [task.exception() for task in tasks if task.done() and task.exception()]
-            if pending and not errors:
+            await asyncio.wait(tasks, timeout=self._config.timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+            if _errors(tasks):
+                await asyncio.wait(tasks, timeout=CAUSE_GRACE_S)
+                raise min(_errors(tasks), key=lambda error: not isinstance(error, WorkerDied))
+            if not all(task.done() for task in tasks):
                 raise WeightSyncError(
                     f"the update to version {version} took more than weights.timeout_s={self._config.timeout_s:g} s"
                 )
-            if errors:
-                await asyncio.wait(tasks, timeout=CAUSE_GRACE_S)
-                errors = [task.exception() for task in tasks if task.done() and task.exception()]
-                raise min((e for e in errors if e is not None), key=lambda error: not isinstance(error, WorkerDied))
             return [task.result() for task in tasks]
         finally:
             for task in tasks:
                 task.cancel()
+
+
+def _errors(tasks: Sequence[asyncio.Task[Any]]) -> list[BaseException]:
+    """What the finished ones among the tasks raised."""
+    return [error for task in tasks if task.done() and (error := task.exception())]

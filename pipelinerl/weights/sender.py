@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipelinerl.errors import WeightSyncError
+from pipelinerl.errors import WeightSyncError, first_line
 from pipelinerl.weights.gloo_group import GlooGroup
 from pipelinerl.weights.manifest import Manifest, Parameter, offsets
 
@@ -89,7 +89,7 @@ class GlooSender:
         except RuntimeError as error:
             raise WeightSyncError(
                 f"trainer rank 0: the weight broadcast broke off near parameter {near} "
-                f"({len(buffer)} bytes in the bucket): {str(error).splitlines()[0]}"
+                f"({len(buffer)} bytes in the bucket): {first_line(error)}"
             ) from error
 
 

@@ -74,7 +74,7 @@ class Served:
 @asynccontextmanager
 async def serve(config: RunConfig, bucket_bytes: int = 2**20) -> AsyncIterator[Served]:
     """An engine, shut down afterwards."""
-    engine = await VllmEngine.start(config, 0, "cpu", "gloo")
+    engine = await VllmEngine.start(config, 0, "gloo")
     try:
         policy = load_policy(config.model, config.sampling.temperature, config.trainer.logprob_chunk, False)
         yield Served(config, engine, await Link.make(policy, engine, bucket_bytes))

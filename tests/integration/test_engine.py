@@ -56,7 +56,7 @@ async def test_a_setting_that_vllm_replaced_is_an_error(fp32_engine: "Served", k
 async def test_each_engine_gets_a_seed_of_its_own(fp32_engine: "Served") -> None:
     from pipelinerl.engine.vllm_engine import engine_args
 
-    assert [engine_args(fp32_engine.config, "cpu", "gloo", seed=0 + index).seed for index in range(2)] == [0, 1]
+    assert [engine_args(fp32_engine.config, "gloo", seed=0 + index).seed for index in range(2)] == [0, 1]
 
 
 async def test_a_completion_ends_with_its_stop_token_or_at_the_limit(fp32_engine: "Served") -> None:

@@ -46,7 +46,7 @@ async def worker(untied_model: Path, others: set[int]) -> "AsyncIterator[Rollout
     sampling = {"max_tokens": 60, "temperature": 0.7}
     config = run_config(untied_model, "bfloat16", batch={"group_size": 4}, sampling=sampling)
     assert config.model.head_dtype == "float32"
-    made = RolloutWorker(config, 3, "cpu", "gloo")
+    made = RolloutWorker(config, 3, "gloo")
     settings = await made.start()
     assert settings["seed"] == config.seed + 3
     yield made

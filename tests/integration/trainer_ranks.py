@@ -42,6 +42,8 @@ class RankRun:
 
 
 def run_rank(case: Case, rank: int, port: int, out: Path) -> None:
+    import torch.distributed as dist
+
     from pipelinerl.trainer.worker import TrainerWorker
     from pipelinerl.weights.sender import parameters_in_order
 
@@ -58,7 +60,7 @@ def run_rank(case: Case, rank: int, port: int, out: Path) -> None:
         note_weights()
     if case.export and rank == 0:
         worker.export(str(case.export))
-    worker.close()
+    dist.destroy_process_group()
     out.write_bytes(pickle.dumps(run))
 
 
