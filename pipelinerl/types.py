@@ -64,6 +64,7 @@ class Completion:
     spans: tuple[VersionSpan, ...]  # in order, without gaps, covering [0, C)
     finish_reason: str  # "stop", "length" or "abort"
     text: str
+    argmax: IntArray | None = None  # [C] the engine's most likely token at each place; only a parity probe asks for it
 
     def __post_init__(self) -> None:
         assert self.tokens.shape == self.logprobs.shape, (self.tokens.shape, self.logprobs.shape)
@@ -196,3 +197,32 @@ class StepResult:
     version: int  # after the step
     metrics: Mapping[str, float]
     applied: bool  # False: loss or gradient was not finite and the weights are unchanged
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredSequence:
+    """One completion, scored by the engine that sampled it and by the trainer with the weights of each token's version.
+
+    C = its sampled tokens; logprobs are in nats.
+    """
+
+    engine: FloatArray  # [C] as the engine returned them
+    trainer: Mapping[float, FloatArray]  # temperature -> [C]
+    versions: IntArray  # [C] the version that sampled the token
+    flips: (
+        BoolArray | None
+    )  # [C] True where the two have different most likely tokens; None when the engine's is unknown
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """How the trainer is to score completions.
+
+    A probe knows two sets of weights: the trainer's own, and the same nudged (see trainer/probe.py). `nudged` says for
+    each version which of them it was.
+    """
+
+    temperatures: tuple[float, ...]
+    nudged: Mapping[int, bool]  # version -> True when its weights were the nudged ones
+    kv: str = "keep"  # what an update did to the KV of a running sequence: "keep" (old KV) or "recompute" (new KV)
+    head: str = "served"  # "served": the weight the engine has; "checkpoint": that of the checkpoint, in float32

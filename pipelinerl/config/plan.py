@@ -79,7 +79,8 @@ def eval_versions(config: RunConfig) -> tuple[int, ...]:
 def parity_fixes(config: RunConfig) -> tuple[ParityFix, ...]:
     """The four fixes and whether this configuration has them in force."""
     engine, model = config.engine, config.model
-    defaults = not engine.prefix_caching and not engine.async_scheduling and engine.generation_config == "vllm"
+    no_old_kv = not engine.prefix_caching or engine.cache_salt == "version"
+    defaults = no_old_kv and not engine.async_scheduling and engine.generation_config == "vllm"
     return (
         ParityFix(
             "1 logprob semantics",
@@ -89,7 +90,8 @@ def parity_fixes(config: RunConfig) -> tuple[ParityFix, ...]:
         ParityFix(
             "2 runtime defaults",
             defaults,
-            f"prefix_caching={_on(engine.prefix_caching)}, async_scheduling={_on(engine.async_scheduling)}, "
+            f"prefix_caching={_on(engine.prefix_caching)}{' (per version)' if engine.cache_salt == 'version' else ''}, "
+            f"async_scheduling={_on(engine.async_scheduling)}, "
             f"chunked_prefill={_on(engine.chunked_prefill)}, generation_config={engine.generation_config}",
         ),
         ParityFix(

@@ -165,6 +165,12 @@ class EngineConfig(Section):
         "processed_logprobs", description="fix 1: logprobs of the distribution that was sampled from"
     )
     prefix_caching: bool = Field(False, description="fix 2: off, or old KV would be reused after an update")
+    cache_salt: Literal["none", "version"] = Field(
+        "none", description="version: prefix caching shares KV only between requests that one weight version admitted"
+    )
+    block_size: PositiveInt | None = Field(
+        None, description="tokens in a KV block, the unit of prefix caching; null = vLLM's choice for the device"
+    )
     async_scheduling: bool = Field(False, description="fix 2")
     chunked_prefill: Literal[True] = Field(True, description="fix 2: V1 cannot run without it")
     generation_config: Literal["vllm", "auto"] = Field(
@@ -262,6 +268,33 @@ class ClusterConfig(Section):
     stall_timeout_s: PositiveFloat = Field(3600.0, description="stop (exit 4) when nothing finished for so long")
 
 
+class ParityConfig(Section):
+    """Whether the engine's logprobs are the trainer's: measured before training, watched while it goes on.
+
+    The limits decide a verdict. A mean ratio near 1 proves nothing (it is 1 in expectation whatever the noise), so
+    they bound spread, KL and clip rate.
+    """
+
+    preflight: Literal["strict", "warn", "off"] = Field(
+        "strict", description="probe before step 1; strict refuses to train when it fails (exit 3)"
+    )
+    alarm: Literal["stop", "warn", "off"] = Field(
+        "warn", description="when a step's mismatch leaves the calibrated range; stop ends the run (exit 3)"
+    )
+    canary: bool = Field(True, description="verify every weight update before the engines sample from it")
+    groups: PositiveInt = Field(8, description="prompts per phase of a probe, batch.group_size completions each")
+    max_tokens: PositiveInt = Field(256, description="per completion of a probe, at most sampling.max_tokens")
+    max_abs_mean: PositiveFloat | None = Field(
+        None, description="limit of mean |trainer - engine| logprob, nats; null = 1e-4 in float32, 5e-2 in bfloat16"
+    )
+    max_k3: PositiveFloat | None = Field(
+        None, description="limit of the k3 estimate of KL; null = 1e-7 in float32, 2e-3 in bfloat16"
+    )
+    max_mult_prob_error: Annotated[float, Field(gt=1)] = Field(1.05, description="limit of mean exp|difference|")
+    max_frac_out: Fraction = Field(1e-3, description="limit of the fraction of ratios outside [0.5, 2]")
+    max_clip_rate: Fraction = Field(0.02, description="limit of the fraction that the objective would clip at lag 0")
+
+
 class WandbConfig(Section):
     mode: Literal["auto", "online", "offline", "disabled"] = Field(
         "auto", description="auto: online when logged in, else offline"
@@ -299,6 +332,7 @@ class RunConfig(Section):
     weights: WeightsConfig = WeightsConfig()
     async_: AsyncConfig = Field(AsyncConfig(), alias="async")
     eval: EvalConfig = EvalConfig()
+    parity: ParityConfig = ParityConfig()
     cluster: ClusterConfig = ClusterConfig()
     metrics: MetricsConfig = MetricsConfig()
 
@@ -337,6 +371,8 @@ def _contradictions(config: RunConfig) -> "list[str]":
             f"trainer.micro_batch_tokens={config.trainer.micro_batch_tokens} is smaller than "
             f"engine.max_model_len={config.engine.max_model_len}: the longest sample would not fit one forward pass"
         )
+    if config.engine.cache_salt == "version" and not config.engine.prefix_caching:
+        found.append("engine.cache_salt=version does nothing with engine.prefix_caching=false; use cache_salt=none")
     if config.engine.max_num_batched_tokens < config.engine.max_num_seqs:
         found.append(
             f"engine.max_num_batched_tokens={config.engine.max_num_batched_tokens} is smaller than "

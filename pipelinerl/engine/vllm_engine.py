@@ -46,6 +46,7 @@ def engine_args(config: RunConfig, backend: str, seed: int) -> AsyncEngineArgs:
         enforce_eager=engine.enforce_eager,
         logprobs_mode=engine.logprobs_mode,
         enable_prefix_caching=engine.prefix_caching,
+        block_size=engine.block_size,
         async_scheduling=engine.async_scheduling,
         enable_chunked_prefill=engine.chunked_prefill,
         scheduling_policy="fcfs",
@@ -109,7 +110,9 @@ class VllmEngine:
         await engine._llm.update_weight_version("0")
         return engine
 
-    async def generate(self, prompt: Sequence[int], temperature: float, max_tokens: int) -> Completion:
+    async def generate(
+        self, prompt: Sequence[int], temperature: float, max_tokens: int, with_argmax: bool = False
+    ) -> Completion:
         """Sample one completion. `text` is left empty: the caller has the tokenizer.
 
         Raises WorkerDied when the engine is gone.
@@ -119,17 +122,19 @@ class VllmEngine:
         params = SamplingParams(
             temperature=temperature,
             max_tokens=min(max_tokens, self._config.max_model_len - len(prompt)),
-            logprobs=0,
+            logprobs=1 if with_argmax else 0,  # of the sampled token, and of the most likely one
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
+        salt = f"version {self.version}" if self._config.cache_salt == "version" else None
+        inputs = tokens_input(list(prompt), cache_salt=salt)
         request_id = f"engine{self._index}-{next(self._request_ids)}"
         try:
-            outputs = [output async for output in self._llm.generate(tokens_input(list(prompt)), params, request_id)]
+            outputs = [output async for output in self._llm.generate(inputs, params, request_id)]
         except EngineDeadError as error:
             raise self._died() from error
         assert outputs and outputs[-1].finished, request_id
-        return _completion(outputs[-1].outputs[0])
+        return _completion(outputs[-1].outputs[0], with_argmax)
 
     async def connect(self, init_info: dict[str, Any]) -> None:
         """Join the weight transport; returns when all members have."""
@@ -178,9 +183,14 @@ class VllmEngine:
         return WorkerDied(f"engine {self._index}: its vLLM core process died; see logs/engine_{self._index}.log")
 
 
-def _completion(output: CompletionOutput) -> Completion:
+def _completion(output: CompletionOutput, with_argmax: bool) -> Completion:
     tokens = np.array(output.token_ids, np.int32)
     assert output.logprobs is not None
-    logprobs = np.array([next(iter(entry.values())).logprob for entry in output.logprobs], np.float32)
+    logprobs = np.array(
+        [entry[token].logprob for entry, token in zip(output.logprobs, tokens.tolist(), strict=True)], np.float32
+    )
+    argmax = None
+    if with_argmax:
+        argmax = np.array([max(entry, key=lambda token: entry[token].logprob) for entry in output.logprobs], np.int32)
     spans = tuple(VersionSpan(int(s.version), s.start, s.end) for s in output.weight_versions or ())
-    return Completion(tokens, logprobs, spans, output.finish_reason or "abort", "")
+    return Completion(tokens, logprobs, spans, output.finish_reason or "abort", "", argmax)

@@ -56,6 +56,11 @@ class RolloutWorker:
             group_id, problem, config.eval.samples, config.eval.temperature, config.sampling.max_tokens
         )
 
+    async def probe(self, group_id: int, problem: Problem, max_tokens: int) -> tuple[GroupMeta, RolloutGroup]:
+        """Like `rollout`, with completions of at most `max_tokens` and the engine's most likely tokens."""
+        size, temperature = self._config.batch.group_size, self._config.sampling.temperature
+        return await self._group(group_id, problem, size, temperature, max_tokens, with_argmax=True)
+
     async def connect(self, init_info: dict[str, Any]) -> None:
         """Join the weight transport."""
         await self._engine.connect(init_info)
@@ -77,12 +82,18 @@ class RolloutWorker:
             await self._graders.close()
 
     async def _group(
-        self, group_id: int, problem: Problem, size: int, temperature: float, max_tokens: int
+        self,
+        group_id: int,
+        problem: Problem,
+        size: int,
+        temperature: float,
+        max_tokens: int,
+        with_argmax: bool = False,
     ) -> tuple[GroupMeta, RolloutGroup]:
         start = time.perf_counter()
 
         async def generate(tokens: list[int]) -> Completion:
-            return await self._engine.generate(tokens, temperature, max_tokens)
+            return await self._engine.generate(tokens, temperature, max_tokens, with_argmax)
 
         group = await run_group(
             group_id,
