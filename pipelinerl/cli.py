@@ -25,6 +25,7 @@ class Command:
 
 COMMANDS = {
     "train": Command("pipelinerl.commands.train:main", "train a model (--dry-run: only show what would be done)"),
+    "parity": Command("pipelinerl.commands.parity:main", "measure whether the engine's logprobs are the trainer's"),
     "make-tiny": Command("pipelinerl.tiny.make:main", "make the tiny models of the quickstart"),
 }
 
@@ -97,4 +98,5 @@ options:
 examples:
   pipelinerl make-tiny && pipelinerl train         the quickstart, on a CPU
   pipelinerl train trainer.lr=3e-5 steps=50        with other settings
+  pipelinerl parity --ablate                       may I trust the ratios, and what each fix is worth
   pipelinerl train experiment=math_7b_8gpu task.path=problems.jsonl --dry-run"""

@@ -14,7 +14,7 @@ A step s (from 1) trains with weights of version s - 1 and makes version s.
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,10 +25,11 @@ from pipelinerl.batch.packing import rank_batches
 from pipelinerl.concurrency import background, together
 from pipelinerl.config.plan import eval_versions
 from pipelinerl.config.schema import RunConfig
-from pipelinerl.errors import BudgetSpent, Stalled
+from pipelinerl.errors import BudgetSpent, ParityError, Stalled
 from pipelinerl.metrics.log import MetricsLog
 from pipelinerl.metrics.records import group_metrics
 from pipelinerl.metrics.rollouts import RolloutWriter
+from pipelinerl.parity.alarm import Alarm
 from pipelinerl.rollout.buffer import GroupBuffer
 from pipelinerl.tasks.base import Task
 from pipelinerl.tasks.stream import ProblemStream
@@ -58,7 +59,7 @@ class Trainer(Protocol):
 class WeightPublisher(Protocol):
     """Weight updates, as the loop uses them."""
 
-    async def publish(self, version: int) -> dict[str, float]: ...
+    async def publish(self, version: int, changed: bool | None = None) -> dict[str, float]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +83,13 @@ class Run:
     publisher: WeightPublisher
     log: MetricsLog
     rollouts: RolloutWriter
+    alarm: Alarm | None = None
+    tell: Callable[[str], None] = print  # a line for the person who watches
     generated_tokens: int = 0
     reported_drops: Counter[str] = field(default_factory=Counter)  # those that are in the log already
     dropped_in_a_row: int = 0
     skipped_in_a_row: int = 0
+    unpublished: list[StepResult] = field(default_factory=list)  # of the steps since the last weight update
     last_progress: float = field(default_factory=time.monotonic)
 
 
@@ -104,9 +108,11 @@ async def train(run: Run) -> None:
                     write_rollouts(run, step, groups, advantages),
                 )
                 run.last_progress = time.monotonic()
+                run.unpublished.append(result)
                 sync = await publish(run, step)
                 run.log.log("train", step, meter.stop(run, groups, result) | sync)
                 check_skipped(run, result)
+                check_parity(run, step, result)
                 await evaluate(run, version=step)
 
 
@@ -154,10 +160,19 @@ async def publish(run: Run, step: int) -> dict[str, float]:
     """Bring the weights of version `step` to the engines when it is due, and let the groups it admits start."""
     if step % run.config.weights.every and step != run.config.steps:
         return {}
-    metrics = await run.publisher.publish(step)
+    metrics = await run.publisher.publish(step, weights_changed(run.unpublished))
+    run.unpublished.clear()
     await run.buffer.published(step)
     run.last_progress = time.monotonic()
     return metrics
+
+
+def weights_changed(steps: Sequence[StepResult]) -> bool | None:
+    """Whether the steps must have changed the trainer's weights (True), cannot have (False), or may have (None)."""
+    moves = [step.metrics for step in steps if step.applied and step.metrics["optim/lr"] > 0]
+    if not moves:
+        return False
+    return True if any(metrics["optim/grad_norm"] > 0 for metrics in moves) else None
 
 
 async def evaluate(run: Run, version: int) -> None:
@@ -224,6 +239,15 @@ def check_skipped(run: Run, result: StepResult) -> None:
             f"{run.skipped_in_a_row} optimizer steps in a row had a non-finite loss or gradient "
             f"(trainer.max_skipped_steps={run.config.trainer.max_skipped_steps}); the weights are those before them"
         )
+
+
+def check_parity(run: Run, step: int, result: StepResult) -> None:
+    """Say, or with `parity.alarm=stop` end the run, when engine and trainer part, or the objective breaks down."""
+    for message in run.alarm.check(result.metrics) if run.alarm else []:
+        run.log.log("run", step, {"parity/alarm": 1.0})
+        run.tell(f"step {step}: parity alarm, {message}")
+        if run.config.parity.alarm == "stop":
+            raise ParityError(f"step {step}: {message} (parity.alarm=warn goes on)")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,1 +1,120 @@
-"""The running processes of a run: Ray, engines, trainer ranks and the weight transport between them."""
+"""The running processes of a run: Ray, engines, trainer ranks and the weight transport between them.
+
+`open_session` starts them and leaves none behind, whatever happens meanwhile. `until_done_or_signal` is the frame
+around everything that uses a session.
+"""
+
+import asyncio
+import json
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelinerl.cluster.fleet import Fleet
+from pipelinerl.cluster.ray_cluster import RayCluster
+from pipelinerl.cluster.trainer_group import TrainerGroup
+from pipelinerl.config.device import Device, resolve_backend, resolve_device
+from pipelinerl.config.schema import RunConfig
+from pipelinerl.errors import EXIT_SIGINT, EXIT_SIGTERM, PipelineRLError
+from pipelinerl.weights.publisher import Publisher
+
+SIGNAL_EXITS = {signal.SIGINT: EXIT_SIGINT, signal.SIGTERM: EXIT_SIGTERM}
+
+
+def until_done_or_signal(work: Coroutine[Any, Any, int]) -> int:
+    """Run `work` in an event loop of its own and return its exit code; SIGINT and SIGTERM cancel it (130, 143).
+
+    Raises what `work` raises.
+    """
+    return asyncio.run(_watched(work))
+
+
+async def _watched(work: Coroutine[Any, Any, int]) -> int:
+    received: list[signal.Signals] = []
+    task = asyncio.create_task(work)
+
+    def stop(which: signal.Signals) -> None:
+        if not received:
+            print(f"\n{which.name}: stopping the workers", file=sys.stderr, flush=True)
+            received.append(which)
+            task.cancel()
+
+    for which in SIGNAL_EXITS:
+        asyncio.get_running_loop().add_signal_handler(which, stop, which)
+    try:
+        return await task
+    except (asyncio.CancelledError, PipelineRLError) as error:
+        if not received:
+            raise
+        if str(error):  # of a worker that the signal reached first, or of the end that it came into
+            print(f"pipelinerl: {error}", file=sys.stderr, flush=True)
+        return SIGNAL_EXITS[received[0]]
+
+
+@dataclass
+class Session:
+    """Engines that serve version 0 and a trainer that holds it, connected. `settings` is what is really in force."""
+
+    config: RunConfig
+    device: Device
+    backend: str
+    cluster: RayCluster
+    trainer: TrainerGroup
+    fleet: Fleet
+    publisher: Publisher
+    settings: dict[str, Any]
+
+    async def replace_engines(self, config: RunConfig) -> None:
+        """New engines with the engine settings of `config`, at version 0; the trainer stays as it is."""
+        self.fleet = Fleet(await self.cluster.replace_engines(config, self.backend), config)
+        self.settings["engines"] = await self.fleet.start()
+        self.publisher = await _connected(self.trainer, self.fleet, config, self.backend)
+
+    def write_settings(self, run_dir: Path) -> None:
+        """Write `settings` to settings.json."""
+        (run_dir / "settings.json").write_text(json.dumps(self.settings, indent=2) + "\n")
+
+
+@asynccontextmanager
+async def open_session(config: RunConfig, run_dir: Path, status: Callable[[str], None]) -> AsyncIterator[Session]:
+    """Start everything, with logs below `run_dir`; `status` is told what is being waited for."""
+    device = resolve_device(config)
+    backend = resolve_backend(config, device)
+    cluster = RayCluster(config, run_dir, device)
+    try:
+        status(f"run directory {run_dir}; starting Ray")
+        await cluster.start()
+        status("starting engines and trainer")
+        trainer_ranks, rollout_workers = await cluster.place_workers(backend)
+        fleet, trainer = Fleet(rollout_workers, config), TrainerGroup(trainer_ranks, config.trainer)
+        engine_settings, trainer_settings = await asyncio.gather(fleet.start(), trainer.setup())
+        settings = {
+            "device": device,
+            "weights_backend": backend,
+            "engines": engine_settings,
+            "trainer": trainer_settings,
+        }
+        publisher = await _connected(trainer, fleet, config, backend)
+        yield Session(config, device, backend, cluster, trainer, fleet, publisher, settings)
+        status("stopping the workers")
+    finally:
+        await _to_the_end(cluster.close)
+
+
+async def _connected(trainer: TrainerGroup, fleet: Fleet, config: RunConfig, backend: str) -> Publisher:
+    publisher = Publisher(trainer, fleet.engines, config.weights, backend, config.engine.tensor_parallel)
+    await publisher.connect()
+    return publisher
+
+
+async def _to_the_end(close: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Close, whatever signal arrives meanwhile: a clean-up that is cut short would leave processes behind."""
+    closing = asyncio.create_task(close())
+    while not closing.done():
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait([closing])
+    closing.result()

@@ -19,9 +19,20 @@ trainer does not recompute as the engine had them: in a sequence that straddles 
 
     mismatch/tokens                  how many there are
     mismatch/abs_logprob_{mean,max}  of |Delta|, nats
+    mismatch/signed_logprob_mean     mean Delta; -KL where both sides are distributions
     mismatch/k3                      mean rho - 1 - Delta
     mismatch/token_mult_prob_error   mean exp|Delta|
     mismatch/frac_out_0.5_2          fraction with rho outside [0.5, 2]
+
+and over all sampled tokens again, in buckets of their own lag k, that is, `version` minus the version that sampled the
+token, whatever the rest of its sequence has; bucket 8 holds every lag from 8 on. Growth with k is staleness. What is
+in bucket 0 has other causes: mismatch, and the old keys and values that a lag-0 token of a straddling sequence attends
+to (such tokens are in this bucket, and not in mismatch/*).
+
+    staleness/tokens_lag_k           how many there are; a bucket without tokens is left out
+    staleness/abs_log_ratio_lag_k    mean |Delta|, nats
+    staleness/k3_lag_k               mean rho - 1 - Delta
+    staleness/clip_rate_lag_k        fraction at which the loss's bound was active
 """
 
 import math
@@ -30,6 +41,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+LAG_BUCKETS = 9  # lag 0 to 7, and 8 or more
+LAG_MEANS = ("abs_log_ratio", "k3", "clip_rate")
 SUM_NAMES = (
     "tokens",
     "clipped",
@@ -41,9 +54,11 @@ SUM_NAMES = (
     "logprob_rollout",
     "lag0_tokens",
     "lag0_abs",
+    "lag0_signed",
     "lag0_k3",
     "lag0_mult_error",
     "lag0_out",
+    *(f"{name}_lag_{lag}" for name in ("tokens", *LAG_MEANS) for lag in range(LAG_BUCKETS)),
 )
 MAX_NAMES = ("lag0_abs",)
 
@@ -92,10 +107,15 @@ class Sums:
             metrics |= {
                 "mismatch/abs_logprob_mean": total["lag0_abs"] / count,
                 "mismatch/abs_logprob_max": peak["lag0_abs"],
+                "mismatch/signed_logprob_mean": total["lag0_signed"] / count,
                 "mismatch/k3": total["lag0_k3"] / count,
                 "mismatch/token_mult_prob_error": total["lag0_mult_error"] / count,
                 "mismatch/frac_out_0.5_2": total["lag0_out"] / count,
             }
+        for lag in range(LAG_BUCKETS):
+            if (count := total[f"tokens_lag_{lag}"]) > 0:
+                metrics[f"staleness/tokens_lag_{lag}"] = count
+                metrics |= {f"staleness/{name}_lag_{lag}": total[f"{name}_lag_{lag}"] / count for name in LAG_MEANS}
         return {name: float(value) for name, value in metrics.items()}
 
 
@@ -128,9 +148,10 @@ def token_sums(
     lag0 = _oldest(versions[mask], sequence[mask]) == version
     size = delta[lag0].abs()
     outside = torch.where(size.isnan(), size, (size > math.log(2)).double())
+    ones, bound = torch.ones_like(delta), clipped[mask].double()
     totals = (
-        torch.ones_like(delta),
-        clipped[mask].double(),
+        ones,
+        bound,
         ratio,
         ratio * ratio,
         k3,
@@ -139,11 +160,19 @@ def token_sums(
         rollout,
         lag0.double(),
         size,
+        delta[lag0],
         k3[lag0],
         size.exp(),
         outside,
     )
-    return Sums(torch.stack([values.sum() for values in totals]), _maximum(size)[None])
+    by_lag = _by_lag(version - versions[mask], torch.stack([ones, delta.abs(), k3, bound]))
+    return Sums(torch.cat([torch.stack([values.sum() for values in totals]), by_lag.flatten()]), _maximum(size)[None])
+
+
+def _by_lag(lag: Tensor, values: Tensor) -> Tensor:
+    """Sums of `values` [rows, N] over the tokens of each bucket of `lag` [N]: [rows, LAG_BUCKETS]."""
+    bucket = lag.long().clamp(max=LAG_BUCKETS - 1)
+    return values.new_zeros(len(values), LAG_BUCKETS).index_add(1, bucket, values)
 
 
 def _oldest(versions: Tensor, sequence: Tensor) -> Tensor:

@@ -27,8 +27,15 @@ class EngineHandle:
     async def update_weights(self, update_info: dict[str, Any], version: int) -> dict[str, float]:
         return dict(await self._worker.call("update_weights", update_info, version))
 
-    async def group(self, method: str, group_id: int, problem: Problem) -> tuple[GroupMeta, Any]:
-        return await self._worker.call_pair(method, group_id, problem)
+    async def commit(self, version: int, names: list[str], digests: list[int]) -> dict[str, float]:
+        return dict(await self._worker.call("commit", version, names, digests))
+
+    async def group(self, method: str, group_id: int, problem: Problem, *args: Any) -> tuple[GroupMeta, Any]:
+        return await self._worker.call_pair(method, group_id, problem, *args)
+
+    async def hidden_states(self, tokens: list[int]) -> Any:
+        """Hidden states of the engine, place by place; see RolloutWorker.hidden_states."""
+        return await self._worker.call("hidden_states", tokens, timeout_s=self._config.engine.start_timeout_s)
 
     async def check_health(self) -> int:
         return int(await self._worker.call("check_health", timeout_s=self._config.cluster.stall_timeout_s))
@@ -55,6 +62,10 @@ class Fleet:
         meta, _ = await self._route("evaluate", group_id, problem)
         return meta
 
+    async def probe(self, group_id: int, problem: Problem, max_tokens: int) -> tuple[GroupMeta, Any]:
+        """A group for a parity probe: like `rollout`, with the engine's most likely tokens."""
+        return await self._route("probe", group_id, problem, max_tokens)
+
     async def check_health(self) -> None:
         """Raise WorkerDied when an engine, a grader or their process is gone."""
         await asyncio.gather(*(engine.check_health() for engine in self.engines))
@@ -64,13 +75,13 @@ class Fleet:
         running = 0.0 if self._busy_since is None else time.perf_counter() - self._busy_since
         return self._busy_s + running
 
-    async def _route(self, method: str, group_id: int, problem: Problem) -> tuple[GroupMeta, Any]:
+    async def _route(self, method: str, group_id: int, problem: Problem, *args: Any) -> tuple[GroupMeta, Any]:
         engine = min(self.engines, key=lambda candidate: candidate.in_flight)
         if self._busy_since is None:
             self._busy_since = time.perf_counter()
         engine.in_flight += 1
         try:
-            return await engine.group(method, group_id, problem)
+            return await engine.group(method, group_id, problem, *args)
         finally:
             engine.in_flight -= 1
             if not any(other.in_flight for other in self.engines):

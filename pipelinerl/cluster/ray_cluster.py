@@ -12,8 +12,8 @@ from ray.util.placement_group import placement_group
 
 from pipelinerl.cluster.placement import Bundle, bundles
 from pipelinerl.cluster.remote import RemoteWorker
-from pipelinerl.config.schema import RunConfig
-from pipelinerl.errors import EnvironmentProblem
+from pipelinerl.config.schema import EngineConfig, RunConfig
+from pipelinerl.errors import EnvironmentProblem, first_line
 
 PLACEMENT_TIMEOUT_S = 60.0
 CLOSE_TIMEOUT_S = 40.0
@@ -27,6 +27,8 @@ class RayCluster:
         self._logs = (run_dir / "logs").resolve()
         self._device = device
         self._workers: list[RemoteWorker] = []
+        self._engine_bundles: list[Bundle] = []
+        self._engine_group: Any = None
         self._started: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -51,18 +53,16 @@ class RayCluster:
             self._start(bundle, i, trainer_group, "pipelinerl.trainer.worker:TrainerWorker", (config, i, self._device))
             for i, bundle in enumerate(trainer_bundles)
         ]
-        engines = [
-            self._start(
-                bundle,
-                i,
-                engine_group,
-                "pipelinerl.engine.worker:RolloutWorker",
-                (config, i, backend),
-                is_async=True,
-            )
-            for i, bundle in enumerate(engine_bundles)
-        ]
+        self._engine_bundles, self._engine_group = engine_bundles, engine_group
+        engines = self._start_engines(config, backend)
         return trainers, engines
+
+    async def replace_engines(self, config: RunConfig, backend: str) -> list[RemoteWorker]:
+        """Stop all rollout workers and start new ones in their places, with the engine settings of `config`."""
+        engines = [worker for worker in self._workers if worker.is_async]
+        await asyncio.gather(*(_stop(worker) for worker in engines))
+        self._workers = [worker for worker in self._workers if not worker.is_async]
+        return self._start_engines(config, backend)
 
     async def close(self) -> None:
         """Ask every worker to stop, kill what is left, and end the local cluster. Never raises."""
@@ -72,6 +72,13 @@ class RayCluster:
         if self._started.exception() is None:
             await asyncio.gather(*(_stop(worker) for worker in self._workers))
             await asyncio.to_thread(ray.shutdown)
+
+    def _start_engines(self, config: RunConfig, backend: str) -> list[RemoteWorker]:
+        target = "pipelinerl.engine.worker:RolloutWorker"
+        return [
+            self._start(bundle, i, self._engine_group, target, (config, i, backend), is_async=True)
+            for i, bundle in enumerate(self._engine_bundles)
+        ]
 
     def _start(
         self, bundle: Bundle, index: int, group: Any, target: str, args: tuple[Any, ...], is_async: bool = False
@@ -84,7 +91,7 @@ class RayCluster:
             bundle=index,
             group=group,
             resources=bundle.resources(),
-            env=_worker_env(self._device, self._config.engine.tensor_parallel),
+            env=_worker_env(self._device, args[0].engine),
             is_async=is_async,
         )
         self._workers.append(worker)
@@ -114,7 +121,10 @@ def _init_ray(config: RunConfig) -> None:
     if cluster.address == "local":
         memory = None if cluster.object_store_mb is None else cluster.object_store_mb * 2**20
         # "local" in so many words: a plain init would join any cluster that a stale file in the temp folder names.
-        ray.init(address="local", num_cpus=cluster.num_cpus, object_store_memory=memory, **common)
+        try:
+            ray.init(address="local", num_cpus=cluster.num_cpus, object_store_memory=memory, **common)
+        except Exception as error:  # Ray raises a bare one when its processes do not come up in time
+            raise EnvironmentProblem(f"Ray did not start on this machine: {first_line(error)}") from error
         return
     try:
         common.pop("include_dashboard")
@@ -138,13 +148,17 @@ async def _reserve(wanted: list[Bundle], strategy: str) -> Any:
     return group
 
 
-def _worker_env(device: str, tensor_parallel: int) -> dict[str, str]:
+def _worker_env(device: str, engine: EngineConfig) -> dict[str, str]:
     """Environment of every worker process; it must be set before torch, DeepSpeed or vLLM is imported."""
     env = {"TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
     if device == "cpu":
         # Two processes share the cores: more threads would spin against each other. Without dynamo the engine is up
         # in half the time; the one helper it would compile costs seconds.
         env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
-        if tensor_parallel == 1:
+        if engine.tensor_parallel == 1:
             env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the worker runs inside the engine core's process
+        else:
+            env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else every worker wants a NUMA node of its own
+    elif engine.v2_model_runner is not None:
+        env["VLLM_USE_V2_MODEL_RUNNER"] = str(int(engine.v2_model_runner))
     return env

@@ -6,7 +6,7 @@ from typing import Any
 
 from pipelinerl.cluster.remote import RemoteWorker
 from pipelinerl.config.schema import TrainerConfig
-from pipelinerl.types import RankBatch, SampleRef, StepResult
+from pipelinerl.types import FloatArray, RankBatch, SampleRef, ScoredSequence, ScoreRequest, StepResult
 
 
 class TrainerGroup:
@@ -45,6 +45,18 @@ class TrainerGroup:
     async def send_weights(self) -> dict[str, float]:
         """Broadcast rank 0's weights."""
         return dict(await self._ranks[0].call("send_weights"))
+
+    async def nudge(self) -> None:
+        """Exchange the weights of all ranks for a probe's second set, or the second set for the weights."""
+        await asyncio.gather(*(rank.call("nudge", timeout_s=self._config.step_timeout_s) for rank in self._ranks))
+
+    async def score(self, request: ScoreRequest, payloads: Sequence[Any]) -> list[ScoredSequence]:
+        """Rank 0's logprobs of the completions in groups, or in references to groups."""
+        return list(await self._ranks[0].call("score", request, *payloads, timeout_s=self._config.step_timeout_s))
+
+    async def hidden_states(self, tokens: list[int]) -> list[FloatArray]:
+        """Rank 0's residual stream [tokens, hidden] at each place."""
+        return list(await self._ranks[0].call("hidden_states", tokens, timeout_s=self._config.step_timeout_s))
 
     async def export(self, target: str) -> None:
         """Write the model to `target`."""

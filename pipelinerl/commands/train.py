@@ -1,9 +1,9 @@
 """`pipelinerl train`: load, check and start a run. Heavy imports happen only when the run starts."""
 
+from pipelinerl.commands.options import split_options
 from pipelinerl.commands.output import say
 from pipelinerl.config.files import group_options
-from pipelinerl.config.hints import did_you_mean
-from pipelinerl.errors import EXIT_DONE, ConfigError
+from pipelinerl.errors import EXIT_DONE
 
 OPTIONS = ("--dry-run", "--help", "-h")
 
@@ -27,11 +27,7 @@ def main(arguments: list[str]) -> int:
 
     Raises: ConfigError for wrong options or settings, EnvironmentProblem when this machine cannot run them.
     """
-    options = {argument for argument in arguments if argument.startswith("-")}
-    overrides = [argument for argument in arguments if argument not in options]
-    unknown = [f"unknown option {option!r}{did_you_mean(option, OPTIONS)}" for option in sorted(options - {*OPTIONS})]
-    if unknown:
-        raise ConfigError("\n".join(unknown))
+    options, overrides = split_options(arguments, OPTIONS)
     if options & {"--help", "-h"}:
         say(_help())
         return EXIT_DONE

@@ -6,6 +6,9 @@ from pipelinerl.config.device import Device, gpu_count, gpus_needed, resolve_dev
 from pipelinerl.config.schema import JsonlTask, RunConfig
 from pipelinerl.errors import DataError, EnvironmentProblem
 
+# Option of the group `task` -> option of the group `model`, and name of its directory, that `make-tiny` makes for it.
+TINY_MODELS = {"sort": "tiny", "sort_scratchpad": "tiny_scratchpad", "sort_wide": "tiny_wide"}
+
 
 def preflight(config: RunConfig) -> None:
     """Check model, data and devices.
@@ -36,8 +39,8 @@ def _model_is_there(config: RunConfig) -> None:
     if not _is_local(path):
         return
     if not directory.exists():
-        made = {"tiny": "pipelinerl make-tiny", "tiny_scratchpad": "pipelinerl make-tiny --task sort_scratchpad"}
-        command = made.get(directory.name)
+        commands = {name: f"pipelinerl make-tiny --task {task}" for task, name in TINY_MODELS.items()}
+        command = commands.get(directory.name)
         hint = f"run: {command}" if command else "name a model directory, or a hub id such as Qwen/Qwen2.5-0.5B"
         raise EnvironmentProblem(f"model.path={path}: no such directory (from {Path.cwd()}); {hint}")
     if not (directory / "config.json").is_file():

@@ -54,6 +54,7 @@ class SortTask(_SyntheticTask):
     kind: Literal["sort"] = "sort"
     digits: Annotated[int, Field(ge=2, le=16)] = 6
     scratchpad: bool = False
+    system_prompt: str | None = Field(None, description="in front of every problem: a prefix that all prompts share")
 
 
 class JsonlTask(Section):
@@ -141,7 +142,18 @@ class ReinforceIS(_AlgoCommon):
     max_ratio: Annotated[float, Field(ge=1)] = 2.0
 
 
-AlgoConfig = Annotated[PPOClip | ReinforceIS, Field(discriminator="kind")]
+class GSPO(_AlgoCommon):
+    """PPO-clip on the geometric mean of a sequence's token ratios (2507.18071, and its bounds); a mean over sequences.
+
+    The mean over tokens takes most of the spread out of the ratio, hence bounds that are so much tighter.
+    """
+
+    kind: Literal["gspo"] = "gspo"
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 3e-4
+    clip_high: PositiveFloat = 4e-4
+
+
+AlgoConfig = Annotated[PPOClip | ReinforceIS | GSPO, Field(discriminator="kind")]
 
 
 class EngineConfig(Section):
@@ -160,6 +172,8 @@ class EngineConfig(Section):
         None, description="fixed KV cache size; required on CPU, on GPU it replaces gpu_memory_utilization"
     )
     enforce_eager: bool = Field(False, description="no torch.compile and no CUDA graphs")
+    attention_backend: str | None = Field(None, description="GPU only, e.g. FLASH_ATTN; null = vLLM's choice")
+    v2_model_runner: bool | None = Field(None, description="GPU only; null = vLLM's choice (its V2 runner)")
 
     logprobs_mode: Literal["processed_logprobs", "raw_logprobs"] = Field(
         "processed_logprobs", description="fix 1: logprobs of the distribution that was sampled from"
@@ -382,6 +396,10 @@ def _contradictions(config: RunConfig) -> "list[str]":
         found.append("weights.backend=nccl needs GPUs, cluster.device=cpu has none; use weights.backend=auto")
     if config.cluster.device == "cuda" and config.weights.backend == "gloo":
         found.append("weights.backend=gloo is the CPU transport, cluster.device=cuda wants nccl; use backend=auto")
+    if config.cluster.device == "cpu":
+        for name in ("attention_backend", "v2_model_runner"):
+            if getattr(config.engine, name) is not None:
+                found.append(f"engine.{name}={getattr(config.engine, name)} needs a GPU, cluster.device=cpu has none")
     if config.cluster.device == "cpu" and config.engine.kv_cache_mb is None:
         found.append(
             "engine.kv_cache_mb=null with cluster.device=cpu: the CPU engine needs a fixed size; use engine=cpu, "

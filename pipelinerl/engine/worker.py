@@ -14,7 +14,7 @@ from pipelinerl.rollout.group import run_group
 from pipelinerl.rollout.tokens import ChatRenderer
 from pipelinerl.tasks.grading import GraderPool
 from pipelinerl.tasks.registry import build_task
-from pipelinerl.types import Completion, GroupMeta, Problem, RolloutGroup, RolloutMeta
+from pipelinerl.types import Completion, FloatArray, GroupMeta, Problem, RolloutGroup, RolloutMeta
 
 
 class RolloutWorker:
@@ -66,13 +66,21 @@ class RolloutWorker:
         await self._engine.connect(init_info)
 
     async def update_weights(self, update_info: dict[str, Any], version: int) -> dict[str, float]:
-        """Receive the weights of `version`; see VllmEngine.update_weights."""
+        """Receive the weights of `version` and stay paused; see VllmEngine.update_weights."""
         return await self._engine.update_weights(update_info, version)
+
+    async def commit(self, version: int, names: list[str], digests: list[int]) -> dict[str, float]:
+        """Verify them and serve `version`; see VllmEngine.commit."""
+        return await self._engine.commit(version, names, digests)
 
     async def check_health(self) -> int:
         """The version being served. Raises WorkerDied when the engine is gone (a dead grader shows when next used)."""
         await self._engine.check_health()
         return self._engine.version
+
+    async def hidden_states(self, tokens: list[int]) -> list[FloatArray]:
+        """The engine's residual stream; see VllmEngine.hidden_states."""
+        return await self._engine.hidden_states(tokens)
 
     async def close(self) -> None:
         """Stop engine and graders; safe to call at any time after construction."""

@@ -42,6 +42,10 @@ class Console:
         """Say what the run is doing, e.g. "starting engines..."; "" clears the live state line."""
         self._view.status(text)
 
+    def note(self, text: str) -> None:
+        """Say something that stays on the screen."""
+        self._view.note(text)
+
     def write(self, kind: Kind, step: int, values: Mapping[str, float]) -> None:
         """Show a training step or an evaluation. Other kinds are only in the files."""
         if kind == "train":

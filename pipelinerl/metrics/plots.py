@@ -1,7 +1,7 @@
 """`plots/*.png` of a run, drawn from `metrics.jsonl`. matplotlib is imported when a plot is written, not before."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,24 +52,33 @@ def write_plots(run_dir: Path, lag_bound: int | None = None) -> list[Path]:
     Raises:
         DataError: `run_dir/metrics.jsonl` is missing or damaged.
     """
+    records = read_metrics(run_dir / FILE_NAME)
+    return draw(
+        run_dir / "plots",
+        {
+            "reward": lambda: _reward(records),
+            "policy": lambda: _policy(records),
+            "staleness": lambda: _staleness(records, lag_bound),
+            "mismatch": lambda: _mismatch(records),
+            "throughput": lambda: _throughput(records),
+        },
+    )
+
+
+def draw(folder: Path, figures: "Mapping[str, Callable[[], Figure | None]]") -> list[Path]:
+    """Draw each figure, in the common style, to `folder/<name>.png`; one that is None has no data and is left out.
+
+    Returns the files written. A figure that cannot be drawn is left out with a warning.
+    """
     import matplotlib
 
-    records = read_metrics(run_dir / FILE_NAME)
-    folder = run_dir / "plots"
     folder.mkdir(parents=True, exist_ok=True)
-    figures: dict[str, Callable[[], Figure | None]] = {
-        "reward": lambda: _reward(records),
-        "policy": lambda: _policy(records),
-        "staleness": lambda: _staleness(records, lag_bound),
-        "mismatch": lambda: _mismatch(records),
-        "throughput": lambda: _throughput(records),
-    }
     written = []
-    for name, draw in figures.items():
+    for name, figure_of in figures.items():
         path = folder / f"{name}.png"
         try:
             with matplotlib.rc_context(STYLE):
-                figure = draw()
+                figure = figure_of()
                 if figure is not None:
                     figure.savefig(path, dpi=DPI, format="png")
                     written.append(path)
@@ -83,7 +92,7 @@ def _reward(records: Records) -> "Figure | None":
     evals = {task: found for task, found in accuracies(records).items() if len(found)}
     if not len(reward):
         return None
-    figure, (axes,) = _panels(1, 1, height=5.2)
+    figure, (axes,) = panels(1, 1, height=5.2)
     axes.plot(reward.steps, reward.values, color=BLUE, alpha=0.3, linewidth=1.2, marker=".", label="each step")
     smooth = Series(reward.steps, reward.running_mean(RUNNING))
     _line(axes, smooth, BLUE, f"running mean of {RUNNING} steps", linewidth=3)
@@ -113,7 +122,7 @@ def _staleness(records: Records, bound: int | None) -> "Figure | None":
     oldest = series(records, "train", "staleness/max")
     if not len(oldest):
         return None
-    figure, (lag, share) = _panels(2, 1, height=7)
+    figure, (lag, share) = panels(2, 1, height=7)
     if bound is not None:
         lag.axhline(bound, color=GREY, linestyle="--", linewidth=1.5, label=f"bound {bound}")
     _line(lag, oldest, "#fca5a5", "max", linewidth=6)  # wide and pale: it often coincides with the percentile
@@ -121,7 +130,7 @@ def _staleness(records: Records, bound: int | None) -> "Figure | None":
     lag.set_title("Lag of the trained tokens")
     lag.set_ylabel("optimizer steps")
     lag.set_ylim(bottom=0, top=lag.get_ylim()[1] * 1.08 + 0.05)
-    _legend(lag)
+    legend(lag)
     several = series(records, "train", "staleness/multi_version_frac")
     share.fill_between(several.steps, 100 * several.values, color=BLUE, alpha=0.15, linewidth=0)
     _line(share, several, BLUE, "", scale=100)
@@ -139,17 +148,17 @@ def _mismatch(records: Records) -> "Figure | None":
     ]
     if not any((series(records, "train", name).values > 0).any() for name, _, _ in curves):
         return None
-    figure, (axes,) = _panels(1, 1, height=5.2)
+    figure, (axes,) = panels(1, 1, height=5.2)
     axes.set_yscale("log", nonpositive="mask")
     _curves(axes, records, curves)
     axes.set_title("Engine vs trainer at lag 0")
     axes.set_ylabel("nats per token (log scale)")
-    _legend(axes)
+    legend(axes)
     return figure
 
 
 def _throughput(records: Records) -> "Figure | None":
-    panels: list[tuple[str, str, float, list[Curve]]] = [
+    wanted: list[tuple[str, str, float, list[Curve]]] = [
         ("Throughput", "tokens per second", 1, [
             ("perf/trainer_tokens_per_s", "trainer", BLUE), ("perf/rollout_tokens_per_s", "rollout", ORANGE)]),
         ("Idle time", "% of step time", 100, [
@@ -157,27 +166,27 @@ def _throughput(records: Records) -> "Figure | None":
         ("Weight update", "seconds", 1, [
             ("sync/transfer_s", "transfer", GREEN), ("sync/pause_s", "generation paused", RED)]),
     ]  # fmt: skip
-    filled = [panel for panel in panels if any(len(series(records, "train", name)) for name, _, _ in panel[3])]
+    filled = [panel for panel in wanted if any(len(series(records, "train", name)) for name, _, _ in panel[3])]
     if not filled:
         return None
-    figure, all_axes = _panels(len(filled), 1, height=3.2 * len(filled))
+    figure, all_axes = panels(len(filled), 1, height=3.2 * len(filled))
     for axes, (title, unit, scale, curves) in zip(all_axes, filled, strict=True):
         _curves(axes, records, curves, scale)
         axes.set_title(title)
         axes.set_ylabel(unit)
         axes.set_ylim(bottom=0, top=axes.get_ylim()[1] * 1.05)
-        _legend(axes)
+        legend(axes)
     return figure
 
 
-def _grid(records: Records, panels: Sequence[tuple[str, str, str, str, float]]) -> "Figure | None":
+def _grid(records: Records, wanted: Sequence[tuple[str, str, str, str, float]]) -> "Figure | None":
     """Two columns of small figures, one metric each: (metric, title, unit, colour, scale)."""
-    filled = [(series(records, "train", panel[0]), *panel[1:]) for panel in panels]
+    filled = [(series(records, "train", panel[0]), *panel[1:]) for panel in wanted]
     filled = [panel for panel in filled if len(panel[0])]
     if not filled:
         return None
     rows = (len(filled) + 1) // 2
-    figure, all_axes = _panels(rows, 2, height=3.5 * rows)
+    figure, all_axes = panels(rows, 2, height=3.5 * rows)
     for axes, (values, title, unit, colour, scale) in zip(all_axes, filled, strict=False):
         axes.plot(values.steps, scale * values.values, color=colour, alpha=0.3, linewidth=1.2, marker=".")
         _line(axes, Series(values.steps, values.running_mean(RUNNING)), colour, "", scale, linewidth=2.5)
@@ -188,8 +197,8 @@ def _grid(records: Records, panels: Sequence[tuple[str, str, str, str, float]]) 
     return figure
 
 
-def _panels(rows: int, columns: int, height: float) -> "tuple[Figure, list[Axes]]":
-    """A figure 10 inches wide whose panels share an x axis of whole optimizer steps."""
+def panels(rows: int, columns: int, height: float, x_label: str = "optimizer step") -> "tuple[Figure, list[Axes]]":
+    """A figure 10 inches wide and `height` inches high whose panels share an x axis, by default of optimizer steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -199,8 +208,9 @@ def _panels(rows: int, columns: int, height: float) -> "tuple[Figure, list[Axes]
     FigureCanvasAgg(figure)
     grid = np.atleast_1d(figure.subplots(rows, columns, sharex=True, squeeze=False))
     for axes in grid[-1]:
-        axes.set_xlabel("optimizer step")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+        axes.set_xlabel(x_label)
+        if x_label == "optimizer step":
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
     return figure, list(grid.flat)
 
 
@@ -236,7 +246,7 @@ def _evaluations(axes: "Axes", points: Series, colour: str, label: str) -> None:
         )  # fmt: skip
 
 
-def _legend(axes: "Axes") -> None:
+def legend(axes: "Axes") -> None:
     """Right of the panel's title, where it hides no data."""
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4, borderaxespad=0.2)
 

@@ -48,6 +48,11 @@ class LagEvidence:
     k3: float
     clip_rate: float
 
+    @property
+    def mean_abs(self) -> float:
+        """`abs_log_ratio`, under its name in `Statistics`."""
+        return self.abs_log_ratio
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CaseResult:

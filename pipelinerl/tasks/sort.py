@@ -76,5 +76,7 @@ class DigitSort:
     def env(self, problem: Problem, grade: Grade) -> Env:
         scorer = "last_word" if self._config.scratchpad else "exact_match"
         messages = [Message("user", f"sort {problem.data['digits']}")]
+        if self._config.system_prompt is not None:
+            messages.insert(0, Message("system", self._config.system_prompt))
         kwargs = {"answer": problem.data["answer"]}
         return SingleTurnEnv(messages, f"pipelinerl.tasks.scorers:{scorer}", kwargs, grade)

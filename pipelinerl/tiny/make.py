@@ -11,12 +11,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelinerl.config.load import load_config
+from pipelinerl.config.preflight import TINY_MODELS
 from pipelinerl.config.schema import SortTask
 from pipelinerl.errors import EXIT_DONE, ConfigError, PipelineRLError
+from pipelinerl.tiny.recipe import PRESETS, Architecture, Recipe
 
 if TYPE_CHECKING:
     from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
@@ -26,67 +29,11 @@ if TYPE_CHECKING:
 RECIPE_FILE = "recipe.json"
 
 
-@dataclass(frozen=True, slots=True)
-class Architecture:
-    """A Qwen2 with a tied head. Head size 32 is the smallest that vLLM's CPU attention takes."""
-
-    hidden_size: int = 128
-    layers: int = 4
-    heads: int = 4
-    kv_heads: int = 2
-    intermediate_size: int = 384
-    context: int = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """All that decides what the model becomes."""
-
-    task: str
-    digits: int
-    seed: int
-    target: float
-    temperature: float
-    architecture: Architecture = Architecture()
-
-    def as_json(self) -> dict[str, Any]:
-        from pipelinerl.tiny.tokenizer import CHAT_TEMPLATE, SPECIALS
-        from pipelinerl.tiny.warm_start import WarmStart
-
-        training = asdict(WarmStart(target=self.target, temperature=self.temperature))
-        tokens = {"special_tokens": list(SPECIALS), "chat_template": CHAT_TEMPLATE}
-        return {**asdict(self), "warm_start": training, **tokens}
-
-
-@dataclass(frozen=True, slots=True)
-class Preset:
-    """What a task's model is unless the command line says otherwise."""
-
-    out: str
-    digits: int
-    architecture: Architecture
-
-
-PRESETS = {
-    "sort": Preset("models/tiny", 6, Architecture()),
-    # Smaller, so that sampling its long completions takes longer than training on them.
-    "sort_scratchpad": Preset(
-        "models/tiny_scratchpad",
-        5,
-        Architecture(hidden_size=64, layers=2, heads=2, kv_heads=1, intermediate_size=256),
-    ),
-}
-
-
 def main(argv: Sequence[str]) -> int:
     """The command; returns the exit code."""
     args = _parse(argv)
-    preset = PRESETS[args.task]
-    recipe = Recipe(
-        args.task, args.digits or preset.digits, args.seed, args.target, args.temperature, preset.architecture
-    )
-    out = Path(args.out or preset.out)
     try:
+        recipe, out = _plan(args)
         if _already_made(out, recipe) and not args.force:
             print(f"{out} is there already and was made with this recipe")
             return EXIT_DONE
@@ -108,23 +55,20 @@ def make(out: Path, recipe: Recipe, force: bool = False) -> None:
 
     from pipelinerl.tasks.registry import build_task
     from pipelinerl.tiny.tokenizer import build_tokenizer
-    from pipelinerl.tiny.warm_start import WarmStart, warm_start
+    from pipelinerl.tiny.warm_start import warm_start
 
     # The model is too small for more threads, and with one the result is the same on a busy machine.
     torch.set_num_threads(1)
     started = time.monotonic()
-    task = build_task(
-        SortTask.model_validate({"digits": recipe.digits, "scratchpad": recipe.task == "sort_scratchpad"}), recipe.seed
-    )
+    task = build_task(recipe.sort_task(), recipe.seed)
     tokenizer = build_tokenizer(recipe.architecture.context)
     model = build_model(recipe.architecture, tokenizer, recipe.seed)
     print(f"warm-starting {model.num_parameters():,} parameters on {recipe.task}, {recipe.digits} digits", flush=True)
-    settings = WarmStart(target=recipe.target, temperature=recipe.temperature)
-    last = warm_start(model, tokenizer, task, settings, recipe.seed, _print_progress)
+    last = warm_start(model, tokenizer, task, recipe.warm_start, recipe.seed, _print_progress)
     _save(out, model, tokenizer, recipe.as_json())
     print(
         f"wrote {out} in {time.monotonic() - started:.0f} s: solves {last.sampled:.0%} "
-        f"sampled at temperature {recipe.temperature:g}, {last.greedy:.0%} greedy"
+        f"sampled at temperature {recipe.warm_start.temperature:g}, {last.greedy:.0%} greedy"
     )
 
 
@@ -143,7 +87,7 @@ def build_model(architecture: Architecture, tokenizer: "Qwen2Tokenizer", seed: i
         num_attention_heads=architecture.heads,
         num_key_value_heads=architecture.kv_heads,
         max_position_embeddings=architecture.context,
-        tie_word_embeddings=True,
+        tie_word_embeddings=architecture.tied,
         dtype="float32",
         **ids,
     )
@@ -152,13 +96,30 @@ def build_model(architecture: Architecture, tokenizer: "Qwen2Tokenizer", seed: i
     return model
 
 
+def _plan(args: argparse.Namespace) -> tuple[Recipe, Path]:
+    """The recipe, and the directory for the model: the preset with what the command line says otherwise."""
+    preset = PRESETS[args.task]
+    config = load_config([f"task={args.task}", f"model={TINY_MODELS[args.task]}"])
+    assert isinstance(config.task, SortTask)
+    recipe = Recipe(
+        task=args.task,
+        digits=args.digits or config.task.digits,
+        seed=args.seed,
+        warm_start=replace(preset.warm_start, target=args.target, temperature=args.temperature),
+        architecture=replace(preset.architecture, tied=not args.untied),
+        system_prompt=config.task.system_prompt,
+    )
+    return recipe, Path(args.out or config.model.path)
+
+
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "pipelinerl make-tiny", description="Make the small model that the quickstart trains."
+        "pipelinerl make-tiny", description="Make a small model: the one of the quickstart, or of another task."
     )
-    parser.add_argument("--out", help="directory to write (default: models/tiny, models/tiny_scratchpad)")
+    parser.add_argument("--out", help="directory to write (default: that of the task's model in conf/model)")
     parser.add_argument("--task", choices=sorted(PRESETS), default="sort")
-    parser.add_argument("--digits", type=int, help="length of the numbers to sort (default: 6, with scratchpad 5)")
+    parser.add_argument("--digits", type=int, help="length of the numbers to sort (default: as in conf/task)")
+    parser.add_argument("--untied", action="store_true", help="a head of its own, instead of the embedding")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--target", type=float, default=0.45, help="sampled accuracy to stop at (default: 0.45)")
     parser.add_argument("--temperature", type=float, default=0.8, help="at which accuracy is sampled (default: 0.8)")
@@ -206,8 +167,9 @@ def _save_model(folder: Path, model: "Qwen2ForCausalLM") -> None:
     """What `model.save_pretrained` writes, without its import of DeepSpeed (seconds, and a warning)."""
     from safetensors.torch import save_file
 
-    assert model.config.tie_word_embeddings
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del weights["lm_head.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)

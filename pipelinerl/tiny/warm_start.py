@@ -25,17 +25,23 @@ SAMPLED_PROBLEMS = 768  # the standard error of an accuracy near 0.5 is then 0.0
 GREEDY_PROBLEMS = 256
 SLACK_TOKENS = 8  # a sampled completion may be so much longer than a perfect one before it is cut
 COARSE, FINE = 20, 1  # optimizer steps between checks, far from the target and near it
+Z_LOSS = 0.1  # weight of the z-loss: large enough to set the scale within the few steps there are
 
 
 @dataclass(frozen=True, slots=True)
 class WarmStart:
-    """How to train. `target` is the sampled accuracy at `temperature` at which to stop."""
+    """How to train. `target` is the sampled accuracy at `temperature` at which to stop.
+
+    `log_z` sets the scale of the logits: a z-loss (2204.02311, there towards 0) draws their logsumexp to it. The
+    softmax does not depend on it; where the model is certain, the top logit equals it. None leaves the scale free.
+    """
 
     target: float = 0.45
     temperature: float = 0.8
     lr: float = 2e-3  # high on purpose: at 5e-4 the greedy answers are all right before the sampled ones are
     batch_size: int = 256
     max_steps: int = 1000
+    log_z: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +83,8 @@ def warm_start(
             report(progress)
             if progress.sampled >= settings.target:
                 return progress
+        if settings.log_z is not None:
+            loss = loss + Z_LOSS * (logits.logsumexp(dim=-1) - settings.log_z).square().mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -4,6 +4,9 @@ A packed row holds several sequences end to end, shape [1, heads, N, head_dim]. 
 Sequences that are neighbours and of equal length go through one SDPA call, so packing sorts by length. No [N, N]
 mask is ever built, and a packed forward pass equals the unpacked one exactly, which masks in bf16 do not give.
 
+There may also be more keys than queries: one sequence whose first positions come from a KV cache. Its mask is explicit
+and is built for `BLOCK` queries at a time.
+
 Registered with transformers under the name `ATTENTION`; the boundaries travel as the keyword `segments`.
 """
 
@@ -18,6 +21,7 @@ from transformers import AttentionInterface
 from pipelinerl.errors import EnvironmentProblem
 
 ATTENTION = "pipelinerl_segments"
+BLOCK = 512  # queries
 
 Segments = Sequence[tuple[int, int]]  # (number of sequences, their common length), in row order
 
@@ -36,8 +40,8 @@ def runs_of_equal_length(lengths: Sequence[int]) -> list[tuple[int, int]]:
 def segment_attention(
     module: torch.nn.Module,
     query: Tensor,  # [1, H, N, D]
-    key: Tensor,  # [1, H_kv, N, D]
-    value: Tensor,  # [1, H_kv, N, D]
+    key: Tensor,  # [1, H_kv, N, D], or [1, H_kv, K, D] with K > N: the queries are the last N of K positions
+    value: Tensor,  # like key
     attention_mask: Tensor | None,
     *,
     scaling: float,
@@ -50,6 +54,9 @@ def segment_attention(
     """Attention output [1, N, H, D]. Raises EnvironmentProblem for attention variants it does not know."""
     if softcap is not None:
         raise EnvironmentProblem("this model caps its attention logits (softcap), which the trainer does not support")
+    if key.shape[2] != query.shape[2]:
+        assert list(segments) == [(1, query.shape[2])], f"cached keys belong to one sequence, segments are {segments}"
+        return _after_cached(query, key, value, scaling, dropout, sliding_window), None
     outputs, start = [], 0
     for count, length in segments:
         stop = start + count * length
@@ -59,7 +66,7 @@ def segment_attention(
             q,
             k,
             v,
-            attn_mask=_band(length, sliding_window, q.device) if windowed and sliding_window else None,
+            attn_mask=_band(length, length, sliding_window, q.device) if windowed else None,
             dropout_p=dropout,
             is_causal=not windowed,
             scale=scaling,
@@ -76,10 +83,32 @@ def _split(x: Tensor, count: int, length: int) -> Tensor:
     return x.reshape(x.shape[0], count, length, x.shape[2]).transpose(0, 1)
 
 
-def _band(length: int, window: int, device: torch.device) -> Tensor:
-    """Causal mask [length, length] in which a position sees itself and the `window - 1` before it."""
-    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None, :]
-    return (distance >= 0) & (distance < window)
+def _after_cached(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float, sliding_window: int | None
+) -> Tensor:
+    """Output [1, N, H, D] of the last N positions of one sequence."""
+    outputs = []
+    seen = key.shape[2] - query.shape[2]
+    for q in query.split(BLOCK, dim=2):
+        seen += q.shape[2]
+        out = F.scaled_dot_product_attention(
+            q,
+            key[:, :, :seen],
+            value[:, :, :seen],
+            attn_mask=_band(q.shape[2], seen, sliding_window, q.device),
+            dropout_p=dropout,
+            scale=scaling,
+            enable_gqa=q.shape[1] != key.shape[1],
+        )
+        outputs.append(out.transpose(1, 2))
+    return torch.cat(outputs, dim=1)
+
+
+def _band(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Causal mask [queries, keys] of the last positions; a window lets each see itself and `window - 1` before it."""
+    position = torch.arange(keys - queries, keys, device=device)
+    distance = position[:, None] - torch.arange(keys, device=device)[None, :]
+    return (distance >= 0) & (distance < (window or keys))
 
 
 AttentionInterface.register(ATTENTION, segment_attention)

@@ -14,9 +14,21 @@ import torch
 from pipelinerl.batch.samples import collate, dummy_sample, train_sample
 from pipelinerl.config.schema import RunConfig
 from pipelinerl.trainer.backend import DeepSpeedBackend, init_process_group
+from pipelinerl.trainer.hidden_states import hidden_states
 from pipelinerl.trainer.model import PolicyModel, export_policy, load_policy
+from pipelinerl.trainer.nudge import Weights
+from pipelinerl.trainer.scoring import score_completions
 from pipelinerl.trainer.step import train_step
-from pipelinerl.types import RankBatch, RolloutGroup, SampleRef, StepResult, TrainSample
+from pipelinerl.types import (
+    FloatArray,
+    RankBatch,
+    RolloutGroup,
+    SampleRef,
+    ScoredSequence,
+    ScoreRequest,
+    StepResult,
+    TrainSample,
+)
 from pipelinerl.weights.manifest import Manifest
 from pipelinerl.weights.sender import Sender, make_sender, manifest_of
 
@@ -30,6 +42,7 @@ class TrainerWorker:
         self._device = torch.device(device)
         self._version = 0
         self._policy: PolicyModel
+        self._weights: Weights
         self._backend: DeepSpeedBackend
         self._sender: Sender | None = None
         self._manifest: Manifest
@@ -50,6 +63,7 @@ class TrainerWorker:
         bf16 = config.model.dtype == "bfloat16"
         self._backend = DeepSpeedBackend(policy, config.trainer, bf16, config.steps, self._device)
         self._policy = policy
+        self._weights = Weights(policy)
         self._manifest = manifest_of(policy.hf, config.weights.bucket_mb * 2**20)
         return {
             "parameters": sum(p.numel() for p in policy.parameters()),
@@ -71,21 +85,38 @@ class TrainerWorker:
         self._sender.connect(world_size)
         return self._manifest.to_dict()
 
-    def send_weights(self) -> dict[str, float]:
-        """Rank 0 only: broadcast the current weights. Returns seconds and bytes."""
+    def send_weights(self) -> dict[str, Any]:
+        """Rank 0 only: broadcast the current weights. Returns seconds and bytes and, with the canary on, the `digests`
+        of all parameters in the order of the manifest."""
         assert self._sender is not None, "listen comes first"
         start = time.perf_counter()
-        self._sender.send(self._policy.hf, self._manifest)
-        return {"seconds": time.perf_counter() - start, "bytes": float(self._manifest.nbytes)}
+        canary = self._config.parity.canary
+        digests = self._sender.send(self._policy.hf, self._manifest, with_digests=canary)
+        sent = {"seconds": time.perf_counter() - start, "bytes": float(self._manifest.nbytes)}
+        return sent | {"digests": digests} if canary else sent
 
     def step(self, batch: RankBatch, *payloads: RolloutGroup) -> StepResult:
         """One optimizer step on this rank's share. `payloads[i]` is the group that `SampleRef.group == i` names."""
+        assert not self._weights.nudged, "a probe must take its nudge back before a step"
         start = time.perf_counter()
         rows = [collate(_samples(refs, payloads)) for refs in batch.micro_batches]
-        applied, metrics = train_step(self._backend, rows, batch.loss_tokens, self._version, self._config.algo)
+        applied, metrics = train_step(self._backend, rows, batch, self._version, self._config.algo)
         self._version += 1
         metrics["perf/train_s"] = time.perf_counter() - start
         return StepResult(self._version, metrics, applied)
+
+    def nudge(self) -> None:
+        """All ranks: exchange the weights for a probe's second set, or the second set for the weights."""
+        self._weights.use(not self._weights.nudged)
+
+    def score(self, request: ScoreRequest, *payloads: RolloutGroup) -> list[ScoredSequence]:
+        """Rank 0 only: the logprobs of the groups' completions; see trainer/scoring.py. Changes no weight."""
+        rollouts = [rollout for group in payloads for rollout in group.rollouts]
+        return score_completions(self._policy, rollouts, request, self._weights)
+
+    def hidden_states(self, tokens: list[int]) -> list[FloatArray]:
+        """Rank 0 only: the residual stream [tokens, hidden] at each place; see trainer/hidden_states.py."""
+        return hidden_states(self._policy, tokens)
 
     def export(self, target: str) -> None:
         """Rank 0 only: write the model and its tokenizer to `target`."""

@@ -1,9 +1,9 @@
 """Weight broadcast over gloo, the transport of machines without GPUs.
 
 `GlooSender` lives in trainer rank 0, `GlooWeightTransferEngine` in every engine worker, where importing this module
-registers it in vLLM's factory (`WeightReceiver` is named as `worker_extension_cls`, so each worker imports it before
-its transfer engine is made). Both sides cut the same manifest into the same buckets; each bucket is one broadcast of
-one flat byte buffer, and a bucket is loaded while the next one is in flight.
+registers it in vLLM's factory (engine/extension.py does so, before the worker makes its transfer engine). Both sides
+cut the same manifest into the same buckets; each bucket is one broadcast of one flat byte buffer, and a bucket is
+loaded while the next one is in flight.
 
 Between start and finish vLLM's layerwise reload leaves the model unusable: the engine must be paused, and must not be
 resumed unless every bucket has arrived.
@@ -96,10 +96,6 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
 
     def _tied(self) -> bool:
         return bool(getattr(self.model_config.hf_text_config, "tie_word_embeddings", False))
-
-
-class WeightReceiver:
-    """Named as `worker_extension_cls`: importing it registers the transport in the worker's process."""
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipelinerl.errors import WeightSyncError, first_line
+from pipelinerl.weights.digest import device_digest, digest
 from pipelinerl.weights.gloo_group import GlooGroup
 from pipelinerl.weights.manifest import Manifest, Parameter, offsets
 
@@ -43,8 +44,11 @@ class Sender(Protocol):
     def connect(self, world_size: int) -> None:
         """Wait until `world_size - 1` engine workers have joined."""
 
-    def send(self, model: nn.Module, manifest: Manifest) -> None:
-        """Broadcast all parameters. Returns when the last one has left; raises WeightSyncError."""
+    def send(self, model: nn.Module, manifest: Manifest, with_digests: bool = True) -> list[int]:
+        """Broadcast all parameters. Returns when the last one has left; raises WeightSyncError.
+
+        The result is every parameter's digest, in the order of the manifest; nothing when not asked for.
+        """
 
 
 class GlooSender:
@@ -65,23 +69,29 @@ class GlooSender:
         assert self._store is not None, "listen comes first"
         self._group = GlooGroup(self._store, self._epoch, 0, world_size, self._timeout_s)
 
-    def send(self, model: nn.Module, manifest: Manifest) -> None:
+    def send(self, model: nn.Module, manifest: Manifest, with_digests: bool = True) -> list[int]:
         assert self._group is not None, "connect comes first"
         tensors = parameters_in_order(model)
+        digests: list[int] = []
         pending: list[tuple[dist.Work, Tensor]] = []
         for bucket in manifest.buckets():
             starts, size = offsets(bucket)
             buffer = torch.empty(size, dtype=torch.uint8)
+            sources = []
             for parameter, start in zip(bucket, starts, strict=True):
                 name, tensor = next(tensors)
                 assert name == parameter.name, f"manifest says {parameter.name}, the model {name}"
                 flat = tensor.contiguous().view(-1).view(torch.uint8)
                 buffer[start : start + parameter.nbytes].copy_(flat)
+                sources.append(tensor)
             if len(pending) == 2:
                 self._finish(*pending.pop(0), bucket[0].name)
             pending.append((self._group.broadcast(buffer), buffer))
+            if with_digests:  # while the bucket is on its way
+                digests += map(digest, sources)
         for work, buffer in pending:
             self._finish(work, buffer, manifest.parameters[-1].name)
+        return digests
 
     def _finish(self, work: dist.Work, buffer: Tensor, near: str) -> None:
         try:
@@ -120,19 +130,27 @@ class NcclSender:
         host, port = self._address
         self._communicator = trainer_init({"master_address": host, "master_port": port, "world_size": world_size})
 
-    def send(self, model: nn.Module, manifest: Manifest) -> None:
+    def send(self, model: nn.Module, manifest: Manifest, with_digests: bool = True) -> list[int]:
         from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
+
+        digests: list[Tensor] = []
+
+        def take(item: tuple[str, Tensor]) -> Tensor:
+            if with_digests:
+                digests.append(device_digest(item[1]))
+            return item[1]
 
         torch.cuda.synchronize()  # the producer packs on streams of its own, which do not wait for the optimizer's
         packed_nccl_broadcast_producer(
             iterator=parameters_in_order(model),
             group=self._communicator,
             src=0,
-            post_iter_func=lambda item: item[1],
+            post_iter_func=take,
             buffer_size_bytes=manifest.bucket_bytes,
             num_buffers=2,
         )
         torch.cuda.synchronize()
+        return [int(value) for value in digests]
 
 
 def make_sender(backend: str, timeout_s: float, bucket_bytes: int) -> Sender:

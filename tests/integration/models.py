@@ -14,12 +14,14 @@ from pipelinerl.tiny.tokenizer import build_tokenizer
 MAX_LENGTH = 256
 
 
-def write_model(target: Path, *, tied: bool, seed: int = 0, hidden_size: int = 128) -> Path:
+def write_model(target: Path, *, tied: bool, seed: int = 0, hidden_size: int = 128, large_logits: bool = False) -> Path:
     """A random Qwen2 model directory with the project's tokenizer: 2 layers, grouped-query attention.
 
     Heads of 32: the CPU attention of vLLM knows none of 16.
 
     Its weights are large enough for distributions that are far from uniform, so that temperature and a stale head show.
+    With `large_logits` the largest reach 15 to 20, as in real models, and in the same way: by a component that all tokens
+    share. It cancels in the softmax, but not in the rounding of a bf16 head.
     """
     tokenizer = build_tokenizer(MAX_LENGTH)
     config = Qwen2Config(
@@ -42,6 +44,10 @@ def write_model(target: Path, *, tied: bool, seed: int = 0, hidden_size: int = 1
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):  # zero after construction, where a bias that is lost would not show
                 parameter.normal_(0, 0.1)
+        if large_logits:
+            for weight in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
+                weight.normal_(0, 0.15)
+                weight[:, 0] = 3.8
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     return target

@@ -26,6 +26,8 @@ class Receiver(Protocol):
 
     async def update_weights(self, update_info: dict[str, Any], version: int) -> dict[str, float]: ...
 
+    async def commit(self, version: int, names: list[str], digests: list[int]) -> dict[str, float]: ...
+
 
 @dataclass
 class Link:
@@ -38,20 +40,23 @@ class Link:
     version: int = 0
 
     @classmethod
-    async def make(cls, policy: PolicyModel, engine: Receiver, bucket_bytes: int, timeout_s: float = 60.0) -> "Link":
+    async def make(
+        cls, policy: PolicyModel, engine: Receiver, bucket_bytes: int, timeout_s: float = 60.0, workers: int = 1
+    ) -> "Link":
         sender = GlooSender(timeout_s)
-        init_info = sender.listen("127.0.0.1") | {"rank_offset": 1, "world_size": 2}
-        await asyncio.gather(asyncio.to_thread(sender.connect, 2), engine.connect(init_info))
+        init_info = sender.listen("127.0.0.1") | {"rank_offset": 1, "world_size": 1 + workers}
+        await asyncio.gather(asyncio.to_thread(sender.connect, 1 + workers), engine.connect(init_info))
         return cls(policy, manifest_of(policy.hf, bucket_bytes), sender, engine)
 
     async def send(self) -> dict[str, float]:
         """Bring the policy's weights, as the next version, into the running engine."""
         self.version += 1
-        _, times = await asyncio.gather(
+        manifest = self.manifest.to_dict()
+        digests, _ = await asyncio.gather(
             asyncio.to_thread(self.sender.send, self.policy.hf, self.manifest),
-            self.engine.update_weights(self.manifest.to_dict(), self.version),
+            self.engine.update_weights(manifest, self.version),
         )
-        return times
+        return await self.engine.commit(self.version, manifest["names"], digests)
 
 
 @dataclass
@@ -77,7 +82,8 @@ async def serve(config: RunConfig, bucket_bytes: int = 2**20) -> AsyncIterator[S
     engine = await VllmEngine.start(config, 0, "gloo")
     try:
         policy = load_policy(config.model, config.sampling.temperature, config.trainer.logprob_chunk, False)
-        yield Served(config, engine, await Link.make(policy, engine, bucket_bytes))
+        link = await Link.make(policy, engine, bucket_bytes, workers=config.engine.tensor_parallel)
+        yield Served(config, engine, link)
     finally:
         await engine.shutdown()
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedModel, Qwen2Config
 
 from pipelinerl.errors import EnvironmentProblem
-from pipelinerl.trainer.attention import ATTENTION, runs_of_equal_length, segment_attention
+from pipelinerl.trainer.attention import ATTENTION, BLOCK, runs_of_equal_length, segment_attention
 
 lengths_of_rows = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 
@@ -65,6 +65,36 @@ def test_packing_changes_no_bit(lengths: list[int], dtype: torch.dtype, window: 
     parts = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True)
     alone = torch.cat([attend(*part, lengths=[part[0].shape[2]], window=window) for part in parts], dim=1)
     assert torch.equal(attend(q, k, v, lengths, window), alone)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.sampled_from([(2, 2), (4, 2), (4, 1)]),
+    st.sampled_from([None, 1, 3]),
+)
+def test_queries_after_cached_keys_are_the_end_of_the_whole_sequence(
+    past: int, count: int, heads: tuple[int, int], window: int | None
+) -> None:
+    q, k, v = qkv(past + count, *heads, torch.float32, seed=2)
+    out = attend(q[:, :, past:], k, v, [count], window)
+    expected = by_hand(q, k, v, window)[:, past:]
+    torch.testing.assert_close(out.double(), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 600])
+def test_many_queries_after_cached_keys_are_cut_into_blocks(window: int | None) -> None:
+    past, count = 70, 2 * BLOCK + 5
+    q, k, v = qkv(past + count, 2, 1, torch.float32, seed=3)
+    out = attend(q[:, :, past:], k, v, [count], window)
+    torch.testing.assert_close(out.double(), by_hand(q, k, v, window)[:, past:], atol=1e-6, rtol=1e-5)
+
+
+def test_cached_keys_of_a_packed_row_are_refused() -> None:
+    q, k, v = qkv(9, 2, 2, torch.float32, seed=4)
+    with pytest.raises(AssertionError, match="cached keys belong to one sequence"):
+        attend(q[:, :, 3:], k, v, [4, 2])
 
 
 def test_attention_that_caps_its_logits_is_refused() -> None:

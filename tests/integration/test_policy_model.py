@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
+from transformers.cache_utils import DynamicCache
 
 from pipelinerl.config.schema import ModelConfig
 from pipelinerl.errors import EnvironmentProblem
@@ -18,7 +19,12 @@ STARTS = (0, 9, 18)  # of the rows that predict something
 
 
 def build(
-    *, attention: str = ATTENTION, tied: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0
+    *,
+    attention: str = ATTENTION,
+    tied: bool = False,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    window: int | None = None,
 ) -> PreTrainedModel:
     config = Qwen2Config(
         vocab_size=VOCABULARY,
@@ -29,6 +35,9 @@ def build(
         num_key_value_heads=2,
         initializer_range=0.2,
         tie_word_embeddings=tied,
+        use_sliding_window=window is not None,
+        sliding_window=window,
+        max_window_layers=0,  # the first layer with the window
     )
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
@@ -113,6 +122,36 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert model.is_gradient_checkpointing
     assert_same_gradients(gradients(model, run(policy(model))[0]), expected)
+
+
+@pytest.mark.parametrize("window", [None, 4], ids=["causal", "window"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_sequence_in_pieces_has_the_hidden_states_of_the_whole(window: int | None, checkpointing: bool) -> None:
+    """Each piece attends to the cached keys and values of those before it, also in train mode under checkpointing."""
+    model = policy(build(window=window))
+    if checkpointing:
+        model.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    ids = torch.arange(20) * 7 % VOCABULARY
+    with torch.no_grad():
+        whole = model.hidden(ids, torch.arange(20), [(1, 20)])
+        cache = DynamicCache()
+        pieces = [model.extend(piece, cache) for piece in ids.split([9, 1, 7, 3])]
+    assert model.hf.training and all(layer.training for layer in model.hf.base_model.layers)
+    without_window = policy(build()).hidden(ids, torch.arange(20), [(1, 20)])
+    torch.testing.assert_close(torch.cat(pieces), whole, atol=1e-5, rtol=1e-5)
+    assert torch.equal(whole, without_window) == (window is None)
+
+
+def test_scores_at_several_temperatures_are_those_of_one_at_a_time() -> None:
+    model = policy(build(), chunk=3)
+    hidden = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(8)
+    logprobs, argmax = model.score_at(hidden, targets, (0.5, 1.7))
+    for row, temperature in zip(logprobs, (0.5, 1.7), strict=True):
+        model.temperature = temperature
+        assert torch.equal(row, model.score(hidden, targets)[0].detach())
+    assert torch.equal(argmax, (hidden @ model.hf.get_output_embeddings().weight.T).argmax(-1))
+    assert not logprobs.requires_grad
 
 
 def scored(head_weight: Tensor, hidden: Tensor, head: str) -> Tensor:

@@ -11,7 +11,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ Weights = dict[str, NDArray[np.float32]]
 TEMPERATURE = 0.8
 LR, EPS, MAX_NORM = 1.0, 1.0, 0.25
 BF16_LR = 30.0  # a change must be large against the spacing of bf16 numbers
+GSPO = {"kind": "gspo", "clip_low": 0.03, "clip_high": 0.04}  # some of the sequences below are clipped, some are not
 ADAM: dict[str, Any] = {"lr": LR, "eps": EPS, "max_grad_norm": MAX_NORM, "weight_decay": 0.0, "betas": (0.9, 0.95)}
 
 
@@ -109,9 +110,14 @@ def make_cases(tied: Path, untied: Path, groups: list[RolloutGroup], folder: Pat
         model: Path = tied,
         dtype: str = "float32",
         export: Path | None = None,
+        algo: dict[str, Any] | None = None,
         **trainer: Any,
     ) -> Case:
-        sections = {"trainer": ADAM | {"ranks": len(steps[0])} | trainer, "sampling": {"temperature": TEMPERATURE}}
+        sections = {
+            "trainer": ADAM | {"ranks": len(steps[0])} | trainer,
+            "sampling": {"temperature": TEMPERATURE},
+            "algo": algo or {},
+        }
         return Case(run_config(model, dtype, **sections), steps, payloads or [groups] * len(steps), export)
 
     bad = with_nan(groups)
@@ -124,6 +130,8 @@ def make_cases(tied: Path, untied: Path, groups: list[RolloutGroup], folder: Pat
         "dummies": case([uneven(groups)]),
         "dummies_zero_2": case([uneven(groups)], zero_stage=2),
         "small_chunks": case([cut(groups, 1, 80)], logprob_chunk=5, gradient_checkpointing=True),
+        "gspo": case([one], algo=GSPO),
+        "gspo_dummies": case([uneven(groups)], algo=GSPO),
         "untied": case([one], model=untied),
         "untied_dummies": case([uneven(groups)], model=untied),
         "nan_zero_1": case([uneven(groups)] * 3, [bad, bad, groups]),
@@ -183,24 +191,41 @@ def assert_same_change(actual: Weights, expected: Weights, tolerance: float) -> 
         assert np.linalg.norm(actual[name] - value) < tolerance * size, name
 
 
+def ppo_by_hand(log_ratio: Tensor, advantage: float) -> Tensor:
+    """Summed over the tokens of a rollout."""
+    ratio = log_ratio.exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage).sum()
+
+
+def gspo_by_hand(log_ratio: Tensor, advantage: float) -> Tensor:
+    """One value for the whole rollout, whatever its turns."""
+    ratio = log_ratio.mean().exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(0.97, 1.04) * advantage)
+
+
 def by_hand(
-    model: Path, groups: Sequence[RolloutGroup], lr: float = LR, dtype: torch.dtype = torch.float32
+    model: Path,
+    groups: Sequence[RolloutGroup],
+    lr: float = LR,
+    dtype: torch.dtype = torch.float32,
+    objective: Callable[[Tensor, float], Tensor] = ppo_by_hand,
+    count: int | None = None,
 ) -> tuple[float, float, Weights]:
-    """Loss, gradient norm and first step of PPO-clip, sequence by sequence in plain torch."""
+    """Loss, gradient norm and first step, rollout by rollout in plain torch. `count` replaces the sampled tokens."""
     policy = load_reference(model, dtype)
     losses: list[Tensor] = []
     for ref in references(groups):
         rollout = groups[ref.group].rollouts[ref.rollout]
         parts = [part for turn in rollout.turns for part in (turn.context, turn.completion.tokens)]
         new = torch.cat([torch.zeros(1), reference_logprobs(policy, np.concatenate(parts).tolist(), TEMPERATURE)])
-        start = 0
+        start, log_ratios = 0, []
         for turn in rollout.turns:
             start += len(turn.context)
             stop = start + len(turn.completion.tokens)
-            ratio = (new[start:stop] - torch.from_numpy(turn.completion.logprobs)).exp()
-            losses.append(-torch.minimum(ratio * ref.advantage, ratio.clamp(0.8, 1.28) * ref.advantage))
+            log_ratios.append(new[start:stop] - torch.from_numpy(turn.completion.logprobs))
             start = stop
-    loss = torch.cat(losses).sum() / sampled_tokens(groups)
+        losses.append(objective(torch.cat(log_ratios), ref.advantage))
+    loss = torch.stack(losses).sum() / (count or sampled_tokens(groups))
     loss.backward()
     norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in policy.parameters() if p.grad is not None))
     steps = {}
@@ -212,11 +237,24 @@ def by_hand(
     return loss.item(), norm, steps
 
 
-@pytest.mark.parametrize(("case", "head"), [("whole", "tied_model"), ("untied", "untied_model")])
+@pytest.mark.parametrize(
+    ("case", "head", "objective", "count"),
+    [
+        ("whole", "tied_model", ppo_by_hand, None),
+        ("untied", "untied_model", ppo_by_hand, None),
+        ("gspo", "tied_model", gspo_by_hand, 12),  # three groups of four rollouts
+    ],
+)
 def test_a_step_is_the_one_worked_out_without_packing(
-    case: str, head: str, runs: dict[str, list[RankRun]], groups: list[RolloutGroup], request: pytest.FixtureRequest
+    case: str,
+    head: str,
+    objective: Callable[[Tensor, float], Tensor],
+    count: int | None,
+    runs: dict[str, list[RankRun]],
+    groups: list[RolloutGroup],
+    request: pytest.FixtureRequest,
 ) -> None:
-    loss, norm, expected = by_hand(request.getfixturevalue(head), groups)
+    loss, norm, expected = by_hand(request.getfixturevalue(head), groups, objective=objective, count=count)
     run = runs[case][0]
     metrics = run.results[0].metrics
     assert norm > 1.2 * MAX_NORM  # clipping to the norm is part of what is compared
@@ -235,6 +273,7 @@ CUTS = {
     "dummies_zero_2": "whole",
     "small_chunks": "whole",
     "untied_dummies": "untied",
+    "gspo_dummies": "gspo",
 }
 
 

@@ -123,6 +123,7 @@ class FakeTrainer:
         self.groups: list[list[RolloutGroup]] = []
         self.gates: dict[int, Gate] = {}
         self.skips: set[int] = set()  # steps that turn out not to be finite
+        self.metrics: dict[int, dict[str, float]] = {}  # step -> what differs from the usual metrics
         self.fails_at: dict[int, Exception] = {}
 
     async def step(self, batches: Sequence[RankBatch], payloads: Sequence[Any]) -> StepResult:
@@ -133,7 +134,8 @@ class FakeTrainer:
             await self.gates[step].pass_through()
         if step in self.fails_at:
             raise self.fails_at[step]
-        return StepResult(step, {"perf/train_s": 1e-6, "optim/loss": float(step)}, applied=step not in self.skips)
+        metrics = {"perf/train_s": 1e-6, "optim/loss": float(step), "optim/lr": 1e-6, "optim/grad_norm": 1.0}
+        return StepResult(step, metrics | self.metrics.get(step, {}), applied=step not in self.skips)
 
 
 class FakePublisher:
@@ -142,15 +144,17 @@ class FakePublisher:
     def __init__(self, fleet: FakeFleet) -> None:
         self._fleet = fleet
         self.published: list[int] = []
+        self.changed: list[bool | None] = []  # what each publication was expected to bring
         self.gates: dict[int, Gate] = {}
 
-    async def publish(self, version: int) -> dict[str, float]:
+    async def publish(self, version: int, changed: bool | None = None) -> dict[str, float]:
         if version in self.gates:
             await self.gates[version].pass_through()
         await asyncio.sleep(0)
         self._fleet.version = version
         await asyncio.sleep(0)
         self.published.append(version)
+        self.changed.append(changed)
         return {"sync/version": float(version)}
 
 

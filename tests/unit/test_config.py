@@ -12,8 +12,9 @@ from pipelinerl.config.files import conf_dir, group_options
 from pipelinerl.config.hints import nearest
 from pipelinerl.config.keys import known_keys
 from pipelinerl.config.load import load_config
+from pipelinerl.config.preflight import TINY_MODELS, preflight
 from pipelinerl.config.schema import ReinforceIS, RunConfig, SortTask
-from pipelinerl.errors import ConfigError
+from pipelinerl.errors import ConfigError, EnvironmentProblem
 
 # What an option needs from its neighbours to make sense on top of the quickstart.
 COMPANIONS = {
@@ -75,6 +76,15 @@ def test_a_dumped_configuration_validates_to_itself() -> None:
 def test_the_working_directory_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert load_config(["model.path=here/m"]).model.path == "here/m"
+
+
+@pytest.mark.parametrize(("task", "model"), TINY_MODELS.items())
+def test_a_missing_tiny_model_comes_with_the_command_that_makes_it(
+    task: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(EnvironmentProblem, match=f"run: pipelinerl make-tiny --task {task}$"):
+        preflight(load_config([f"task={task}", f"model={model}"]))
 
 
 MISTAKES = [

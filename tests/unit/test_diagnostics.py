@@ -15,12 +15,25 @@ POLICY = {
 }
 MISMATCH = {
     f"mismatch/{name}"
-    for name in ("tokens", "abs_logprob_mean", "abs_logprob_max", "k3", "token_mult_prob_error", "frac_out_0.5_2")
+    for name in (
+        "tokens",
+        "abs_logprob_mean",
+        "abs_logprob_max",
+        "signed_logprob_mean",
+        "k3",
+        "token_mult_prob_error",
+        "frac_out_0.5_2",
+    )
 }
 
-# (logprob_new, logprob_rollout, mask, entropy, clipped, version)
-token = st.tuples(st.floats(-6, 0), st.floats(-6, 0), st.booleans(), st.floats(0, 4), st.booleans(), st.integers(3, 5))
+# (logprob_new, logprob_rollout, mask, entropy, clipped, version); lags from 0 to 10
+token = st.tuples(st.floats(-6, 0), st.floats(-6, 0), st.booleans(), st.floats(0, 4), st.booleans(), st.integers(-5, 5))
 batches = st.lists(token, min_size=0, max_size=20)
+
+
+def buckets(*lags):
+    """The names of all metrics of these lag buckets."""
+    return {f"staleness/{name}_lag_{k}" for name in ("tokens", "abs_log_ratio", "k3", "clip_rate") for k in lags}
 
 
 def sums(rows, version=5, sequence=None):
@@ -46,7 +59,7 @@ def test_by_hand():
         (math.nan, 0.0, False, math.nan, True, 5),  # not sampled: does not count
     ]
     metrics = sums(rows).finish()
-    assert set(metrics) == POLICY | MISMATCH
+    assert set(metrics) == POLICY | MISMATCH | buckets(0, 1)
     assert metrics == pytest.approx(
         {
             "policy/ratio_mean": 1.75,  # (1 + 4 + 1/4) / 3
@@ -59,9 +72,18 @@ def test_by_hand():
             "mismatch/tokens": 2,
             "mismatch/abs_logprob_mean": LN4 / 2,
             "mismatch/abs_logprob_max": LN4,
+            "mismatch/signed_logprob_mean": LN4 / 2,
             "mismatch/k3": (3 - LN4) / 2,
             "mismatch/token_mult_prob_error": 2.5,  # (1 + 4) / 2
             "mismatch/frac_out_0.5_2": 0.5,
+            "staleness/tokens_lag_0": 2,
+            "staleness/abs_log_ratio_lag_0": LN4 / 2,
+            "staleness/k3_lag_0": (3 - LN4) / 2,
+            "staleness/clip_rate_lag_0": 0.5,
+            "staleness/tokens_lag_1": 1,
+            "staleness/abs_log_ratio_lag_1": LN4,
+            "staleness/k3_lag_1": LN4 - 3 / 4,
+            "staleness/clip_rate_lag_1": 0,
         },
         rel=1e-6,
     )
@@ -72,7 +94,46 @@ def test_mismatch_errors_are_absolute():
     metrics = sums([(-1.0 - LN4, -1.0, True, 1.0, False, 5)]).finish()
     assert metrics["mismatch/token_mult_prob_error"] == pytest.approx(4, rel=1e-6)
     assert metrics["mismatch/abs_logprob_max"] == pytest.approx(LN4, rel=1e-6)
+    assert metrics["mismatch/signed_logprob_mean"] == pytest.approx(-LN4, rel=1e-6)
     assert metrics["mismatch/frac_out_0.5_2"] == 1
+
+
+def test_each_token_is_in_the_bucket_of_its_own_lag():
+    # one sequence of lags 9, 8, 2 and 0 (three updates fell into it) and one of lag 7; the last bucket is 8 or more
+    rows = [
+        (-1.0, -1.0 - LN4, True, 1.0, True, 11),  # lag 9, Delta ln 4
+        (-1.0, -1.0, True, 1.0, False, 12),  # lag 8
+        (-1.0 - LN4, -1.0, True, 1.0, True, 18),  # lag 2, Delta -ln 4
+        (-1.0, -1.0 - 2 * LN4, True, 1.0, False, 20),  # lag 0, on old keys and values: no mismatch, but in the bucket
+        (-1.0, -1.0, True, 1.0, False, 13),  # lag 7
+        (math.nan, math.nan, False, math.nan, False, -1),  # a prompt token has no version
+    ]
+    metrics = sums(rows, version=20, sequence=[0, 0, 0, 0, 1, 1]).finish()
+    assert metrics["mismatch/tokens"] == 0
+    found = {name: value for name, value in metrics.items() if "_lag_" in name}
+    assert set(found) == buckets(0, 2, 7, 8)
+    assert {name: value for name, value in found.items() if "tokens" in name} == {
+        "staleness/tokens_lag_0": 1, "staleness/tokens_lag_2": 1, "staleness/tokens_lag_7": 1,
+        "staleness/tokens_lag_8": 2,
+    }  # fmt: skip
+    assert [found[f"staleness/abs_log_ratio_lag_{k}"] for k in (0, 2, 7, 8)] == pytest.approx(
+        [2 * LN4, LN4, 0, LN4 / 2], rel=1e-6
+    )
+    assert [found[f"staleness/k3_lag_{k}"] for k in (0, 2, 7, 8)] == pytest.approx(
+        [15 - 2 * LN4, LN4 - 3 / 4, 0, (3 - LN4) / 2], rel=1e-6
+    )
+    assert [found[f"staleness/clip_rate_lag_{k}"] for k in (0, 2, 7, 8)] == [0, 1, 0, 0.5]
+
+
+@given(batches)
+def test_the_buckets_share_out_all_tokens_of_the_step(rows):
+    metrics = sums(rows).finish()
+    count = {k: metrics.get(f"staleness/tokens_lag_{k}", 0) for k in range(9)}
+    assert sum(count.values()) == sum(row[2] for row in rows)
+    for name, total in (("clip_rate", "policy/clip_rate"), ("k3", "policy/kl_old_new")):
+        if total in metrics:
+            parts = [n * metrics[f"staleness/{name}_lag_{k}"] for k, n in count.items() if n]
+            assert sum(parts) / sum(count.values()) == pytest.approx(metrics[total], rel=1e-9, abs=1e-12)
 
 
 def test_equal_policies():
@@ -82,9 +143,9 @@ def test_equal_policies():
 
 
 def test_tiny_differences_are_not_lost_to_cancellation():
-    # Delta = 2^-23: k3 = Delta^2 / 2 = 2^-47, which rho - 1 - Delta would miss by a percent in float64
-    metrics = sums([(-1 + 2.0**-23, -1.0, True, 1.0, False, 5)]).finish()
-    assert metrics["mismatch/k3"] == pytest.approx(2.0**-47, rel=1e-4)
+    # k3 = Delta^2 / 2 = 25 * 2^-53, which rho - 1 - Delta would miss by 4%: float64 has steps of 2^-52 at 1
+    metrics = sums([(-0.25 + 5 * 2.0**-26, -0.25, True, 1.0, False, 5)]).finish()
+    assert metrics["mismatch/k3"] == pytest.approx(25 * 2.0**-53, rel=1e-4)
 
 
 def test_ratios_are_not_clamped():
@@ -104,7 +165,7 @@ def test_a_sequence_that_straddles_an_update_is_not_mismatch():
 
 def test_without_lag_0_tokens_there_is_no_mismatch_to_report():
     metrics = sums([(-1.0, -2.0, True, 1.0, False, 4)]).finish()
-    assert set(metrics) == POLICY | {"mismatch/tokens"} and metrics["mismatch/tokens"] == 0
+    assert set(metrics) == POLICY | buckets(1) | {"mismatch/tokens"} and metrics["mismatch/tokens"] == 0
 
 
 @pytest.mark.parametrize("rows", [[], [(math.nan, math.nan, False, 1.0, True, 5)]])
@@ -117,9 +178,15 @@ def test_non_finite_logprobs_are_visible(bad):
     fine = (-1.0, -1.1, True, 1.0, False, 5)
     metrics = (sums([fine]) + sums([(*bad, True, 1.0, False, 5)]) + sums([fine])).finish()
     blind = {"policy/clip_rate", "policy/entropy", "mismatch/tokens"}  # do not depend on logprobs
+    blind |= {"staleness/tokens_lag_0", "staleness/clip_rate_lag_0"}
     own = "policy/logprob_new" if math.isfinite(bad[0]) else "policy/logprob_rollout"
     finite = {name for name, value in metrics.items() if math.isfinite(value)}
     assert finite == blind | {own}
+
+
+def test_a_non_finite_logprob_spoils_only_the_bucket_of_its_lag():
+    metrics = sums([(math.nan, -1.0, True, 1.0, False, 4), (-1.0, -1.0, True, 1.0, False, 5)]).finish()
+    assert math.isnan(metrics["staleness/k3_lag_1"]) and metrics["staleness/k3_lag_0"] == 0
 
 
 def test_maximum_survives_a_reduction_that_drops_nan():

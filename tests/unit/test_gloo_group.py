@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipelinerl.errors import WeightSyncError
+from pipelinerl.weights.digest import digest
 from pipelinerl.weights.gloo_group import GlooGroup
 from pipelinerl.weights.manifest import Manifest, offsets
 from pipelinerl.weights.sender import GlooSender, manifest_of, parameters_in_order
@@ -75,13 +76,23 @@ def test_every_receiver_gets_every_bit_of_update_after_update(bucket_bytes: int)
             model = Tied(seed)
             manifest = manifest_of(model, bucket_bytes)
             receiving = [threads.submit(receive, group, Manifest.from_dict(manifest.to_dict())) for group in groups]
-            sender.send(model, manifest)
+            digests = sender.send(model, manifest)
             for future in receiving:
                 received = future.result()
+                assert digests == [digest(tensor) for tensor in received.values()]
                 assert list(received) == ["odd", "scale", "turned", "embed.weight", "norm.weight", "norm.bias"]
                 for name, tensor in parameters_in_order(model):
                     assert received[name].dtype == tensor.dtype
                     assert torch.equal(received[name], tensor), name
+
+
+def test_digests_are_made_only_when_asked_for() -> None:
+    sender = GlooSender(TIMEOUT_S)
+    with receivers(sender, count=1) as (threads, groups):
+        manifest = manifest_of(Tied(0), 400)
+        receiving = threads.submit(receive, groups[0], manifest)
+        assert sender.send(Tied(0), manifest, with_digests=False) == []
+        receiving.result()
 
 
 def test_a_tied_weight_is_sent_once_and_sizes_are_those_of_the_tensors() -> None:

@@ -93,6 +93,32 @@ async def test_weights_are_published_every_k_steps_and_after_the_last(
     assert with_update == published[1:]
 
 
+LR_0, NO_GRADIENT = {"optim/lr": 0.0}, {"optim/grad_norm": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("metrics", "skips", "changed"),
+    [
+        ({}, set(), [True, True]),
+        ({1: LR_0, 2: LR_0}, set(), [False, True]),  # a warm-up
+        ({1: LR_0}, set(), [True, True]),  # one step of two is enough
+        ({}, {1, 2}, [False, True]),
+        ({4: LR_0}, {3}, [True, False]),
+        ({1: NO_GRADIENT, 2: NO_GRADIENT}, set(), [None, True]),  # momentum and weight decay may have moved them
+        ({3: NO_GRADIENT, 4: LR_0}, set(), [True, None]),
+        ({3: {"optim/grad_norm": float("nan")}, 4: LR_0}, {3}, [True, False]),
+    ],
+)
+async def test_an_update_knows_whether_the_steps_since_the_last_one_moved_the_weights(
+    tmp_path: Path, metrics: dict[int, dict[str, float]], skips: set[int], changed: list[bool | None]
+) -> None:
+    run = fake_run(tmp_path, "weights.every=2")
+    run.trainer.metrics, run.trainer.skips = metrics, skips
+    await finish(run)
+    assert run.publisher.published == [0, 2, 4]
+    assert run.publisher.changed == [None, *changed]  # version 0 is what the engines have already
+
+
 @pytest.mark.parametrize("lag", [0, 1, 3])
 async def test_no_token_is_older_than_the_bound_and_the_bound_is_used(tmp_path: Path, lag: int) -> None:
     run = fake_run(tmp_path, f"async.max_lag={lag}", "steps=8")

@@ -22,6 +22,7 @@ class Trainer:
         self.backend = ""
         self.world_size = 0
         self.sent = 0
+        self.digests: list[int] | None = None  # None: the canary is off
         self.error: Exception | None = None
 
     async def listen(self, backend: str) -> dict[str, Any]:
@@ -33,12 +34,13 @@ class Trainer:
         await self._meeting.wait()
         return MANIFEST
 
-    async def send_weights(self) -> dict[str, float]:
+    async def send_weights(self) -> dict[str, Any]:
         if self.error is not None:
             raise self.error
         await self._meeting.wait()
         self.sent += 1
-        return {"seconds": 0.5, "bytes": 80.0}
+        sent = {"seconds": 0.5, "bytes": 80.0}
+        return sent if self.digests is None else sent | {"digests": self.digests}
 
 
 class Engine:
@@ -47,9 +49,12 @@ class Engine:
         self._number = number
         self.init_info: dict[str, Any] = {}
         self.updates: list[tuple[dict[str, Any], int]] = []
+        self.commits: list[tuple[int, list[str], list[int]]] = []
         self.error: Exception | None = None
         self.seconds_to_error = 0.0
         self.hangs = False
+        self.fails_verification: Exception | None = None
+        self.verification_hangs = False
 
     async def connect(self, init_info: dict[str, Any]) -> None:
         self.init_info = init_info
@@ -63,7 +68,19 @@ class Engine:
             await asyncio.Event().wait()
         await self._meeting.wait()
         self.updates.append((update_info, version))
-        return {"pause_s": 1.0 + self._number, "drain_s": 0.25 * self._number, "transfer_s": 3.0 - self._number}
+        return self._times()
+
+    async def commit(self, version: int, names: list[str], digests: list[int]) -> dict[str, float]:
+        if self.fails_verification is not None:
+            raise self.fails_verification
+        if self.verification_hangs:
+            await asyncio.Event().wait()
+        self.commits.append((version, names, digests))
+        canary = {"canary_s": 0.125 * (1 + self._number), "params_read_back": 1.0 - 0.5 * self._number}
+        return self._times() | {"pause_s": 1.0 + self._number} | (canary if digests else {})
+
+    def _times(self) -> dict[str, float]:
+        return {"drain_s": 0.25 * self._number, "transfer_s": 3.0 - self._number}
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +122,7 @@ async def test_a_version_is_sent_and_received_at_the_same_time() -> None:
         metrics = await setup.publisher.publish(version)
     assert setup.trainer.sent == 3
     assert [[version for _, version in engine.updates] for engine in setup.engines] == [[0, 1, 5]] * 2
+    assert [engine.commits for engine in setup.engines] == [[(version, [], []) for version in (0, 1, 5)]] * 2
     # Engine 0 reports pause 1, drain 0, transfer 3; engine 1 pause 2, drain 0.25, transfer 2: the slower one counts.
     assert metrics == {
         "sync/pause_s": 2.0,
@@ -154,3 +172,113 @@ async def test_a_dead_engine_is_the_cause_though_the_trainer_complains_first() -
     async with asyncio.timeout(SECONDS):
         with pytest.raises(WorkerDied, match="engine 0: gone"):
             await setup.publisher.publish(1)
+
+
+# The canary
+
+
+async def published(*digests: list[int]) -> Setup:
+    """After a publication of each, and what comes next has other digests."""
+    setup = await Setup().connected()
+    for version, values in enumerate(digests):
+        setup.trainer.digests = values
+        await setup.publisher.publish(version)
+    return setup
+
+
+async def test_every_engine_verifies_against_what_the_trainer_sent() -> None:
+    setup = await published([11, -22])
+    names = ["embed.weight", "norm.weight"]
+    assert [engine.commits for engine in setup.engines] == [[(0, names, [11, -22])]] * 2
+
+
+async def test_the_metrics_of_the_canary() -> None:
+    setup = await Setup().connected()
+    setup.trainer.digests = [1, 2]
+    first = await setup.publisher.publish(0)
+    assert first["sync/canary_s"] == 0.25 and first["sync/params_read_back"] == 0.5  # of the worse engine
+    assert first["sync/canary_err"] == 0 and "sync/params_changed" not in first  # nothing to compare with
+    setup.trainer.digests = [1, 3]
+    assert (await setup.publisher.publish(1))["sync/params_changed"] == 0.5
+    assert (await setup.publisher.publish(2))["sync/params_changed"] == 0
+    setup.trainer.digests = None
+    assert not any("canary" in name or "params" in name for name in await setup.publisher.publish(3))
+
+
+async def test_no_engine_is_resumed_before_all_have_loaded() -> None:
+    setup = await Setup().connected()
+    setup.engines[1].error = WeightSyncError("engine 1: did not complete")
+    with pytest.raises(WeightSyncError, match="engine 1: did not complete"):
+        await setup.publisher.publish(1)
+    assert [engine.commits for engine in setup.engines] == [[], []]
+
+
+async def test_an_engine_that_does_not_pass_ends_the_update_with_its_words() -> None:
+    setup = await published([1, 2])
+    setup.engines[1].fails_verification = WeightSyncError("engine 1: version 1 did not pass")
+    with pytest.raises(WeightSyncError, match="engine 1: version 1 did not pass"):
+        await setup.publisher.publish(1)
+
+
+async def test_sending_and_verifying_share_one_time_limit() -> None:
+    setup = await Setup(timeout_s=0.05).connected()
+    setup.engines[0].verification_hangs = True
+    with pytest.raises(WeightSyncError, match=r"version 3 took more than weights\.timeout_s=0\.05 s"):
+        await setup.publisher.publish(3)
+
+
+async def test_an_engine_that_dies_while_it_verifies_is_the_cause() -> None:
+    setup = await Setup().connected()
+    setup.engines[0].fails_verification = WeightSyncError("engine 0: collective call failed")
+    setup.engines[1].fails_verification = WorkerDied("engine 1: gone")
+    with pytest.raises(WorkerDied, match="engine 1: gone"):
+        await setup.publisher.publish(1)
+
+
+@pytest.mark.parametrize(
+    ("digests", "changed", "text"),
+    [
+        (
+            [1, 2],
+            True,
+            r"version 1: lr > 0 and the step was applied, yet no parameter of the trainer changed.*bfloat16",
+        ),
+        ([1, 3], False, r"version 1: .* yet parameters of the trainer changed: norm\.weight$"),
+        ([2, 1], False, r"yet parameters of the trainer changed: embed\.weight, norm\.weight$"),
+    ],
+)
+async def test_weights_that_change_against_expectation_reach_no_engine_that_runs(
+    digests: list[int], changed: bool, text: str
+) -> None:
+    setup = await published([1, 2])
+    setup.trainer.digests = digests
+    with pytest.raises(WeightSyncError, match=text):
+        await setup.publisher.publish(1, changed=changed)
+    assert all(len(engine.updates) == 2 and len(engine.commits) == 1 for engine in setup.engines)
+
+
+@pytest.mark.parametrize(
+    ("digests", "changed"), [([1, 2], False), ([1, 2], None), ([1, 3], True), ([1, 3], None), ([3, 4], True)]
+)
+async def test_weights_that_do_as_expected_are_published(digests: list[int], changed: bool | None) -> None:
+    setup = await published([1, 2])
+    setup.trainer.digests = digests
+    metrics = await setup.publisher.publish(1, changed=changed)
+    assert metrics["sync/version"] == 1
+
+
+@pytest.mark.parametrize("changed", [True, False, None])
+async def test_the_first_publication_has_nothing_to_differ_from(changed: bool | None) -> None:
+    setup = await Setup().connected()
+    setup.trainer.digests = [1, 2]
+    assert (await setup.publisher.publish(0, changed=changed))["sync/version"] == 0
+
+
+async def test_a_version_that_no_engine_serves_is_not_what_the_next_one_is_compared_with() -> None:
+    setup = await published([1, 2])
+    setup.trainer.digests = [1, 3]
+    setup.engines[0].fails_verification = WeightSyncError("engine 0: did not pass")
+    with pytest.raises(WeightSyncError, match="did not pass"):
+        await setup.publisher.publish(1, changed=True)
+    setup.engines[0].fails_verification = None
+    assert (await setup.publisher.publish(2, changed=True))["sync/params_changed"] == 0.5

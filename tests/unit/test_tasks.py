@@ -49,6 +49,12 @@ async def test_sort_rewards_the_answer(scratchpad: bool, text: str, plain: float
     assert step.score is not None and step.score.reward == (last if scratchpad else plain)
 
 
+async def test_a_system_prompt_comes_before_the_problem() -> None:
+    task = build_task(SortTask(digits=3, system_prompt="Be brief."), seed=0)
+    messages = await task.env(problem("483", scratchpad=False), grade_here).start()
+    assert messages == (Message("system", "Be brief."), Message("user", "sort 483"))
+
+
 @given(st.integers(2, 16), st.booleans(), st.integers(0, 1000), st.integers(0, 99_999))
 def test_a_perfect_completion_gets_the_reward(digits: int, scratchpad: bool, seed: int, index: int) -> None:
     drawn = DigitSort(SortTask(digits=digits, scratchpad=scratchpad), seed).problems("train")[index]

@@ -1,0 +1,11 @@
+"""What we add to vLLM's workers, on every device. vLLM imports it by name in each of its worker processes.
+
+Importing it registers the gloo transport too, before the worker makes its transfer engine.
+"""
+
+import pipelinerl.weights.gloo  # noqa: F401  registers the transport
+from pipelinerl.weights.canary import CanaryWorker
+
+
+class WorkerExtension(CanaryWorker):
+    """Named as `worker_extension_cls`: its methods become the worker's own, callable through `collective_rpc`."""

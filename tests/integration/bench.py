@@ -1,0 +1,107 @@
+"""The parity probe on a rollout worker and a policy in this process: all of it but Ray and DeepSpeed."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from pipelinerl.config.schema import RunConfig
+from pipelinerl.engine.worker import RolloutWorker
+from pipelinerl.parity.probe import Samples, sample, score, score_request
+from pipelinerl.parity.results import CONFIGURED, CaseResult, Evidence
+from pipelinerl.parity.verdict import Verdict, judge
+from pipelinerl.tasks.registry import build_task
+from pipelinerl.trainer.model import PolicyModel, load_policy
+from pipelinerl.trainer.nudge import Weights
+from pipelinerl.trainer.scoring import score_completions
+from pipelinerl.types import GroupMeta, Problem, RolloutGroup, ScoredSequence, ScoreRequest
+from pipelinerl.weights.publisher import Publisher
+from pipelinerl.weights.sender import GlooSender, manifest_of
+
+
+class LocalEngine:
+    """A rollout worker as the probe and the publisher see it."""
+
+    def __init__(self, worker: RolloutWorker):
+        self.worker = worker
+        self.connect = worker.connect
+        self.update_weights = worker.update_weights
+        self.commit = worker.commit
+
+    async def probe(self, group_id: int, problem: Problem, max_tokens: int) -> tuple[GroupMeta, Any]:
+        meta, group = await self.worker.probe(group_id, problem, max_tokens)
+        return meta, _value(group)
+
+
+class LocalTrainer:
+    """A policy as the probe and the publisher see it."""
+
+    def __init__(self, config: RunConfig):
+        self.policy: PolicyModel = load_policy(config.model, config.sampling.temperature, 2048, False)
+        self.weights = Weights(self.policy)
+        self._manifest = manifest_of(self.policy.hf, config.weights.bucket_mb * 2**20)
+        self._sender = GlooSender(config.weights.timeout_s)
+        self._canary = config.parity.canary
+
+    async def nudge(self) -> None:
+        self.weights.use(not self.weights.nudged)
+
+    async def score(self, request: ScoreRequest, payloads: Sequence[RolloutGroup]) -> list[ScoredSequence]:
+        rollouts = [rollout for group in payloads for rollout in group.rollouts]
+        return await asyncio.to_thread(score_completions, self.policy, rollouts, request, self.weights)
+
+    async def listen(self, backend: str) -> dict[str, Any]:
+        return self._sender.listen("127.0.0.1")
+
+    async def connect_weights(self, world_size: int) -> dict[str, Any]:
+        await asyncio.to_thread(self._sender.connect, world_size)
+        return self._manifest.to_dict()
+
+    async def send_weights(self) -> dict[str, Any]:
+        digests = await asyncio.to_thread(self._sender.send, self.policy.hf, self._manifest, self._canary)
+        return {"seconds": 0.0} | ({"digests": digests} if self._canary else {})
+
+
+@dataclass
+class Bench:
+    """What a probe needs. One probe after the other, each with problems of its own."""
+
+    config: RunConfig
+    engine: LocalEngine
+    trainer: LocalTrainer
+    publisher: Publisher
+
+    async def sample(self, seed: int) -> Samples:
+        """A probe's samples; afterwards engine and trainer hold the same weights again, under the label 0."""
+        problems = build_task(self.config.task, seed).problems("train")[: self.config.parity.groups]
+        samples = await sample(self.engine, self.trainer, self.publisher, problems, self.config)
+        await self.publisher.publish(0)
+        return samples
+
+    async def score(self, samples: Samples, request: ScoreRequest | None = None) -> Evidence:
+        return await score(self.trainer, samples, request or score_request(self.config, samples))
+
+    async def evidence(self, seed: int) -> Evidence:
+        return await self.score(await self.sample(seed))
+
+    def verdict(self, evidence: Evidence) -> Verdict:
+        return judge([CaseResult(CONFIGURED, "", "", "", None, evidence)], [], self.config)
+
+
+@asynccontextmanager
+async def bench(config: RunConfig, trainer_config: RunConfig | None = None) -> AsyncIterator[Bench]:
+    """A running bench; `trainer_config` where the trainer's side is to differ from the engine's."""
+    worker = RolloutWorker(config, 0, "gloo")
+    try:
+        await worker.start()
+        engine, trainer = LocalEngine(worker), LocalTrainer(trainer_config or config)
+        publisher = Publisher(trainer, [engine], config.weights, "gloo", config.engine.tensor_parallel)
+        await publisher.connect()
+        yield Bench(config, engine, trainer, publisher)
+    finally:
+        await worker.close()
+
+
+async def _value(group: RolloutGroup) -> RolloutGroup:
+    return group
