@@ -7,7 +7,6 @@ one setting at a time is switched from there.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -119,7 +118,7 @@ async def _layer_curve(bench: Bench, samples: Samples) -> LayerCurve:
     await session.publisher.publish(max(samples.nudged) + 1)
     rollout = samples.phases["fresh"][0].rollouts[0]
     turn = rollout.turns[0]
-    tokens = [*turn.context.tolist(), *turn.completion.tokens.tolist()]
+    tokens = [*turn.context.tolist(), *turn.completion.tokens[:-1].tolist()]  # the engine samples one more
     engine = await session.fleet.engines[0].hidden_states(tokens)
     return locate(engine, await session.trainer.hidden_states(tokens), session.config.model.dtype)
 

@@ -218,7 +218,7 @@ class ScoredSequence:
 class ScoreRequest:
     """How the trainer is to score completions.
 
-    A probe knows two sets of weights: the trainer's own, and the same nudged (see trainer/probe.py). `nudged` says for
+    A probe knows two sets of weights: the trainer's own, and the same nudged (see trainer/nudge.py). `nudged` says for
     each version which of them it was.
     """
 

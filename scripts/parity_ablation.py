@@ -50,7 +50,7 @@ def main() -> int:
     steps = [f"steps={args.steps}"] if args.steps else []
     for seed in range(args.seeds):
         for name in args.variants:
-            if args.figure_only or name in SINGLE and seed >= args.single_seeds:
+            if args.figure_only or (name in SINGLE and seed >= args.single_seeds):
                 continue
             _train(args.out, args.algo, name, seed, [*steps, *args.overrides])
     _draw(args.out, args.figures, args.algo)

@@ -293,7 +293,8 @@ class ParityConfig(Section):
         "strict", description="probe before step 1; strict refuses to train when it fails (exit 3)"
     )
     alarm: Literal["stop", "warn", "off"] = Field(
-        "warn", description="when a step's mismatch leaves the calibrated range; stop ends the run (exit 3)"
+        "warn",
+        description="when mismatch leaves the calibrated range or the objective breaks down; stop: exit 3",
     )
     canary: bool = Field(True, description="verify every weight update before the engines sample from it")
     groups: PositiveInt = Field(8, description="prompts per phase of a probe, batch.group_size completions each")
@@ -302,7 +303,7 @@ class ParityConfig(Section):
         None, description="limit of mean |trainer - engine| logprob, nats; null = 1e-4 in float32, 5e-2 in bfloat16"
     )
     max_k3: PositiveFloat | None = Field(
-        None, description="limit of the k3 estimate of KL; null = 1e-7 in float32, 2e-3 in bfloat16"
+        None, description="limit of the k3 estimate of KL; null = 1e-7 in float32, 1e-3 in bfloat16"
     )
     max_mult_prob_error: Annotated[float, Field(gt=1)] = Field(1.05, description="limit of mean exp|difference|")
     max_frac_out: Fraction = Field(1e-3, description="limit of the fraction of ratios outside [0.5, 2]")

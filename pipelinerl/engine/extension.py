@@ -4,8 +4,9 @@ Importing it registers the gloo transport too, before the worker makes its trans
 """
 
 import pipelinerl.weights.gloo  # noqa: F401  registers the transport
+from pipelinerl.engine.hidden_states import HiddenStatesWorker
 from pipelinerl.weights.canary import CanaryWorker
 
 
-class WorkerExtension(CanaryWorker):
+class WorkerExtension(CanaryWorker, HiddenStatesWorker):
     """Named as `worker_extension_cls`: its methods become the worker's own, callable through `collective_rpc`."""

@@ -51,6 +51,7 @@ def engine_args(config: RunConfig, backend: str, seed: int) -> AsyncEngineArgs:
         gpu_memory_utilization=engine.gpu_memory_utilization,
         kv_cache_memory_bytes=None if engine.kv_cache_mb is None else engine.kv_cache_mb * 2**20,
         enforce_eager=engine.enforce_eager,
+        attention_backend=engine.attention_backend,
         logprobs_mode=engine.logprobs_mode,
         enable_prefix_caching=engine.prefix_caching,
         block_size=engine.block_size,

@@ -1,7 +1,7 @@
 """Several runs in one figure and one table: each variant is the mean of its seeds, with the range they span.
 
-    compare(variants, PANELS, path)      a panel per metric, a curve per variant
-    table(variants, PANELS, last)        the numbers behind it, as Markdown
+compare(variants, PANELS, path)      a panel per metric, a curve per variant
+table(variants, PANELS, last)        the numbers behind it, as Markdown
 """
 
 from collections.abc import Mapping, Sequence

@@ -60,7 +60,7 @@ class Case:
 
 
 def with_settings(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
-    """The configuration with dotted keys replaced. Raises ConfigError's cause, ValidationError, when they contradict."""
+    """The configuration with dotted keys replaced. Raises pydantic's ValidationError when they contradict."""
     data = config.dump()
     for key, value in changes.items():
         *path, last = key.split(".")
@@ -134,7 +134,7 @@ def _two_workers(setup: Setup) -> str:
 
 
 def _no_temperature(request: ScoreRequest) -> ScoreRequest:
-    return replace(request, temperatures=(1.0, *request.temperatures[1:]))
+    return replace(request, temperatures=tuple(dict.fromkeys((1.0, *request.temperatures))))
 
 
 def _from_checkpoint(request: ScoreRequest) -> ScoreRequest:

@@ -7,7 +7,7 @@ from typing import Protocol
 from pipelinerl.config.schema import RunConfig
 
 MEAN_ABS = {"float32": 1e-4, "bfloat16": 5e-2}  # nats; float32 noise is about 1e-6, bfloat16 noise about 1e-2
-MAX_K3 = {"float32": 1e-7, "bfloat16": 2e-3}  # nats
+MAX_K3 = {"float32": 1e-7, "bfloat16": 1e-3}  # nats
 
 # Where an objective stops being what it says, whatever the noise. PPO implementations stop a batch's epochs at a KL of
 # 0.01 to 0.03 nats per token; at 0.1 the log-ratios have a standard deviation of about 0.45. A clip rate above one

@@ -155,7 +155,7 @@ def _symmetric_log(axes: "Axes", values: Doubles, errors: Doubles) -> None:
     """A logarithmic axis on both sides of zero, linear below the smallest value that can be told from its error."""
     clear = np.abs(values)[np.abs(values) > errors]
     largest = float((np.abs(values) + errors).max())
-    threshold = max(float(clear.min()) / 3 if clear.size else 0.0, largest * 1e-6, 1e-12)
+    threshold = max(float(clear.min()) / 3 if clear.size else largest, largest * 1e-6, 1e-12)
     axes.set_xscale("symlog", linthresh=10 ** math.floor(math.log10(threshold)))
 
 

@@ -30,7 +30,9 @@ async def preflight(
     status: Callable[[str], None],
     tell: Callable[[str], None],
 ) -> Statistics | None:
-    """Probe and write parity.json; `status` says what goes on, `tell` what came out. Returns what was measured, or None with `parity.preflight=off`.
+    """Probe and write parity.json; `status` says what goes on, `tell` what came out.
+
+    Returns what was measured, or None with `parity.preflight=off`.
 
     Raises ParityError when parity does not hold and `parity.preflight=strict`.
     """

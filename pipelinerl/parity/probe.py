@@ -9,7 +9,7 @@ show, and taken back bit for bit. Nothing of a probe is trained on.
 """
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 

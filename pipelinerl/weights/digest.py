@@ -2,12 +2,13 @@
 
 The bytes are 64-bit words w_i, the last one filled up with zeros. The digest is
 
-    sum_i  odd_i * (w_i + (w_i >> 32))   mod 2^64
+    sum_i  odd_i * v_i   mod 2^64,   v_i = w_i + 3 (w_i >> 32)
 
 with odd pseudo-random multipliers (a product of one for the place in a row of words and one for the row). They are
-units modulo 2^64: a change of one bit, or any change within one half of a word, always changes the digest. Adding the
-upper half to the lower one keeps a change of nothing but top bits (the signs of an even number of floats, say) from
-being a multiple of 2^63, of which two cancel whatever the multipliers.
+units modulo 2^64: a change of one bit, or any change within one half of a word, always changes the digest. Two words
+that change, or are swapped, cancel with a chance of 2^-63 times the power of 2 that divides the change of v. That is
+why v is not w: two signs flipped in words of floats would be changes by 2^63, which cancel whatever the multipliers.
+With v they are changes by 2^31 to 2^33 times an odd number, be it the sign of one half or of both.
 
 It guards against faults, not against an adversary. The same on every device; int64 arithmetic wraps on all of them.
 """
@@ -47,7 +48,8 @@ def _row_sums(words: Tensor) -> Iterator[Tensor]:
     step = CPU_ROWS if words.device.type == "cpu" else DEVICE_ROWS
     for start in range(0, len(words), step):
         part = words[start : start + step]
-        yield (part >> 32).add_(part).mul_(columns).sum(dim=1)
+        upper = part >> 32
+        yield torch.add(part, upper, alpha=3, out=upper).mul_(columns).sum(dim=1)
 
 
 @cache

@@ -20,8 +20,8 @@ def write_model(target: Path, *, tied: bool, seed: int = 0, hidden_size: int = 1
     Heads of 32: the CPU attention of vLLM knows none of 16.
 
     Its weights are large enough for distributions that are far from uniform, so that temperature and a stale head show.
-    With `large_logits` the largest reach 15 to 20, as in real models, and in the same way: by a component that all tokens
-    share. It cancels in the softmax, but not in the rounding of a bf16 head.
+    With `large_logits` the largest reach 15 to 20, as in real models, and in the same way: by a component that all
+    tokens share. It cancels in the softmax, but not in the rounding of a bf16 head.
     """
     tokenizer = build_tokenizer(MAX_LENGTH)
     config = Qwen2Config(

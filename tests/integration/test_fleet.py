@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError, RayTaskError
 
-from pipelinerl import run as run_module
+from pipelinerl import session as session_module
 from pipelinerl.cluster.fleet import Fleet
 from pipelinerl.cluster.remote import RemoteWorker
 from pipelinerl.cluster.trainer_group import TrainerGroup
 from pipelinerl.config.schema import TrainerConfig
-from pipelinerl.errors import EnvironmentProblem, PipelineRLError, Stalled, WeightSyncError, WorkerDied
+from pipelinerl.errors import EXIT_DONE, EnvironmentProblem, PipelineRLError, Stalled, WeightSyncError, WorkerDied
+from pipelinerl.run_dir import new_run_dir
 from pipelinerl.types import GroupMeta, Problem, RankBatch, SampleRef, StepResult
 from tests.unit.fakes import SECONDS, fake_run, settle, small_config, until
 
@@ -218,27 +219,18 @@ async def test_a_call_that_takes_too_long_is_a_stall() -> None:
 # How a run ends
 
 
-@pytest.fixture
-def session(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Awaitable[None]]], Awaitable[int]]:
-    """Run something in the place of a session and return the exit code."""
+async def exit_code_of(body: Callable[[], Awaitable[None]]) -> int:
+    """Of a session that consists of `body`."""
 
-    async def ends_with(body: Callable[[], Awaitable[None]]) -> int:
-        async def fake_session(_: Any) -> None:
-            await body()
+    async def work() -> int:
+        await body()
+        return EXIT_DONE
 
-        monkeypatch.setattr(run_module, "_session", fake_session)
-        return await run_module._until_done_or_signal(small_config())
-
-    return ends_with
-
-
-Session = Callable[[Callable[[], Awaitable[None]]], Awaitable[int]]
+    return await session_module._watched(work())
 
 
 @pytest.mark.parametrize(("which", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-async def test_a_signal_cancels_the_session_and_decides_the_exit_code(
-    session: Session, which: signal.Signals, code: int
-) -> None:
+async def test_a_signal_cancels_the_session_and_decides_the_exit_code(which: signal.Signals, code: int) -> None:
     ended = []
 
     async def body() -> None:
@@ -248,13 +240,11 @@ async def test_a_signal_cancels_the_session_and_decides_the_exit_code(
         finally:
             ended.append(True)
 
-    assert await session(body) == code
+    assert await exit_code_of(body) == code
     assert ended == [True]
 
 
-async def test_an_error_that_a_signal_brought_about_does_not_hide_it(
-    session: Session, capsys: pytest.CaptureFixture[str]
-) -> None:
+async def test_an_error_that_a_signal_brought_about_does_not_hide_it(capsys: pytest.CaptureFixture[str]) -> None:
     async def body() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         try:
@@ -262,11 +252,11 @@ async def test_an_error_that_a_signal_brought_about_does_not_hide_it(
         finally:
             raise WorkerDied("engine 0: its process died")
 
-    assert await session(body) == 130
+    assert await exit_code_of(body) == 130
     assert "engine 0: its process died" in capsys.readouterr().err
 
 
-async def test_without_a_signal_an_error_is_raised_and_success_is_0(session: Session) -> None:
+async def test_without_a_signal_an_error_is_raised_and_success_is_0() -> None:
     async def fails() -> None:
         raise EnvironmentProblem("no room")
 
@@ -274,11 +264,11 @@ async def test_without_a_signal_an_error_is_raised_and_success_is_0(session: Ses
         pass
 
     with pytest.raises(EnvironmentProblem):
-        await session(fails)
-    assert await session(succeeds) == 0
+        await exit_code_of(fails)
+    assert await exit_code_of(succeeds) == 0
 
 
-async def test_a_signal_does_not_cut_the_clean_up_short(session: Session) -> None:
+async def test_a_signal_does_not_cut_the_clean_up_short() -> None:
     closed = []
 
     async def close() -> None:
@@ -286,7 +276,7 @@ async def test_a_signal_does_not_cut_the_clean_up_short(session: Session) -> Non
         await asyncio.sleep(0.05)
         closed.append(True)
 
-    await session(lambda: run_module._to_the_end(close))
+    await exit_code_of(lambda: session_module._to_the_end(close))
     assert closed == [True]
 
 
@@ -294,4 +284,4 @@ async def test_a_run_directory_that_holds_a_run_is_left_alone(tmp_path: Path) ->
     run = fake_run(tmp_path)
     run.log.log("train", 1, {})
     with pytest.raises(PipelineRLError, match="holds a run already; choose another run_dir"):
-        run_module._new_run_dir(small_config(f"run_dir={tmp_path}"))
+        new_run_dir(small_config(f"run_dir={tmp_path}"), "", ("metrics.jsonl",))

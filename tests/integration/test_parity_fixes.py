@@ -72,7 +72,7 @@ async def test_with_all_fixes_parity_holds_and_without_the_temperature_it_does_n
         verdict = reference.verdict(untempered)
         assert verdict.layer == "semantic" and not verdict.passed
 
-        request = stale_request((await _request(reference, samples)))
+        request = stale_request(await _request(reference, samples))
         stale = await reference.score(samples, request)
         assert statistics(stale, reference.config.algo).mean_abs > 5 * found.mean_abs
         assert reference.verdict(stale).layer == "inference_path"

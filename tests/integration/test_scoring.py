@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 BLOCKS = 4
-EXTENSION = "tests.integration.extension.Extension"
 
 
 @dataclass
@@ -168,10 +167,8 @@ def deep_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def deep_engine(deep_model: Path) -> "AsyncIterator[Served]":
     from tests.integration.serving import serve
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipelinerl.engine.vllm_engine.WORKER_EXTENSION", EXTENSION)
-        async with serve(run_config(deep_model, engine={"max_num_batched_tokens": 128})) as served:
-            yield served
+    async with serve(run_config(deep_model, engine={"max_num_batched_tokens": 128})) as served:
+        yield served
 
 
 async def test_scores_are_the_engines_logprobs_with_a_head_of_its_own(deep_engine: "Served") -> None:
@@ -258,7 +255,6 @@ async def tensor_parallel_engine(tied_model: Path, monkeypatch: pytest.MonkeyPat
     from pipelinerl.weights.sender import GlooSender, manifest_of
     from tests.integration.serving import Link, Served
 
-    monkeypatch.setattr("pipelinerl.engine.vllm_engine.WORKER_EXTENSION", EXTENSION)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     config = run_config(tied_model, engine={"tensor_parallel": 2})
