@@ -1,7 +1,7 @@
 """`pipelinerl parity`: start the processes of a run and measure whether its ratios can be trusted.
 
 The configuration as it is comes first, and the verdict rests on it. Where it deviates from the four fixes, the same
-configuration with all of them in force is measured too, so that the expected gain is a measured one. With `ablate`,
+configuration with all of them in force is measured too, so that the expected gain is a measured one. With `cases`,
 one setting at a time is switched from there.
 """
 
@@ -15,7 +15,7 @@ from pipelinerl.config.preflight import with_absolute_paths
 from pipelinerl.config.schema import RunConfig
 from pipelinerl.errors import EXIT_DONE, PipelineRLError, first_line
 from pipelinerl.loop import Finished, make_batches
-from pipelinerl.parity.ablation import CASES, FIXES, Case, Setup, all_fixes, as_overrides, with_settings
+from pipelinerl.parity.ablation import FIXES, Case, Setup, all_fixes, as_overrides, with_settings
 from pipelinerl.parity.bisect import LayerCurve, locate
 from pipelinerl.parity.probe import Samples, sample, score, score_request
 from pipelinerl.parity.report import Report, write_report
@@ -29,12 +29,12 @@ from pipelinerl.types import Problem
 EXIT_NO_PARITY = 1
 
 
-def examine(config: RunConfig, ablate: bool, bisect: bool) -> int:
+def examine(config: RunConfig, cases: Sequence[Case], bisect: bool) -> int:
     """Measure, write the report, and return the exit code: 0 when parity holds, 1 when it does not."""
-    return until_done_or_signal(_examine(config, ablate, bisect))
+    return until_done_or_signal(_examine(config, cases, bisect))
 
 
-async def _examine(config: RunConfig, ablate: bool, bisect: bool) -> int:
+async def _examine(config: RunConfig, cases: Sequence[Case], bisect: bool) -> int:
     config = with_absolute_paths(config)
     problems = build_task(config.task, config.seed).problems("train")[: config.parity.groups]
     run_dir = new_run_dir(config, "parity-", ("metrics.jsonl", "parity.json"))
@@ -51,8 +51,8 @@ async def _examine(config: RunConfig, ablate: bool, bisect: bool) -> int:
             results.append(
                 _result(REFERENCE, "the same with all four fixes in force", reference.evidence, _fixed(config))
             )
-        if ablate:
-            results += await _ablate(bench, base, reference)
+        if cases:
+            results += await _ablate(bench, cases, base, reference)
         lags = await _lag_evidence(session, config, configured.samples)
     verdict = judge(results, lags, config)
     write_report(run_dir, Report(config, settings, results, lags, verdict, curve), _say)
@@ -81,12 +81,12 @@ class Bench:
         return Measured(samples, await score(session.trainer, samples, score_request(config, samples)))
 
 
-async def _ablate(bench: Bench, base: RunConfig, reference: Measured) -> list[CaseResult]:
+async def _ablate(bench: Bench, cases: Sequence[Case], base: RunConfig, reference: Measured) -> list[CaseResult]:
     session = bench.session
     prompt = min(rollout.prompt_len for meta in reference.samples.fresh_metas for rollout in meta.rollouts)
     setup = Setup(base, session.device, prompt)
     results = []
-    for case in CASES:
+    for case in cases:
         _say(f"case {case.name}: {case.what}")
         results.append(await _run_case(bench, case, setup, reference))
     return results

@@ -13,22 +13,24 @@ def main(arguments: list[str]) -> int:
     Raises: ConfigError for wrong options or settings, EnvironmentProblem when this machine cannot run them.
     """
     options, overrides = split_options(arguments, OPTIONS)
-    if options & {"--help", "-h"}:
+    if {"--help", "-h"} & options.keys():
         say(_help())
         return EXIT_DONE
     from pipelinerl.config.load import load_config
     from pipelinerl.config.preflight import preflight
+    from pipelinerl.parity.ablation import cases_named
 
+    cases = cases_named(options["--ablate"]) if "--ablate" in options else ()
     config = load_config(overrides)
     preflight(config)
     from pipelinerl.examine import examine
 
-    return examine(config, ablate="--ablate" in options, bisect="--bisect" in options)
+    return examine(config, cases, bisect="--bisect" in options)
 
 
 def _help() -> str:
     return """\
-usage: pipelinerl parity [--ablate] [--bisect] [key=value ...]
+usage: pipelinerl parity [--ablate[=CASES]] [--bisect] [key=value ...]
 
 Sample with the engines as training would, through an in-flight weight update, re-score the same tokens with the
 trainer, and say whether the policy ratios can be trusted; if not, which layer is at fault (semantic, inference path,
@@ -36,7 +38,8 @@ objective), what to change and what that gains. Takes the same settings as pipel
 Writes parity.json and plots to run_dir (outputs/parity-<name>-<time>). Exit code 0: parity holds, 1: it does not.
 
 options:
-  --ablate    switch one setting at a time away from the four fixes and rank the effects (a new engine for most cases)
+  --ablate    switch one setting at a time away from the four fixes and rank the effects; a new engine for most cases
+              --ablate=raw_logprobs,update_abort does only these; an unknown name lists them all
   --bisect    compare the hidden states of engine and trainer block by block (needs engine.enforce_eager=true)
   --help      this text
 

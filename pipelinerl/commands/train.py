@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
     Raises: ConfigError for wrong options or settings, EnvironmentProblem when this machine cannot run them.
     """
     options, overrides = split_options(arguments, OPTIONS)
-    if options & {"--help", "-h"}:
+    if {"--help", "-h"} & options.keys():
         say(_help())
         return EXIT_DONE
     return _train(overrides, dry_run="--dry-run" in options)

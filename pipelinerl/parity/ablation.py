@@ -10,6 +10,7 @@ from typing import Any
 
 from pipelinerl.config.device import Device
 from pipelinerl.config.schema import RunConfig
+from pipelinerl.errors import ConfigError
 from pipelinerl.parity.probe import stale_request
 from pipelinerl.parity.results import Layer
 from pipelinerl.types import ScoreRequest
@@ -278,3 +279,12 @@ CASES = (
         blocked=_needs_gpu,
     ),
 )
+
+
+def cases_named(names: str) -> tuple[Case, ...]:
+    """The cases that a comma-separated list names; all of them for an empty one. Raises ConfigError."""
+    wanted = [name for name in names.split(",") if name]
+    known = {case.name: case for case in CASES}
+    if unknown := [name for name in wanted if name not in known]:
+        raise ConfigError(f"--ablate={names}: no case {', '.join(unknown)}; the cases are {', '.join(known)}")
+    return tuple(known[name] for name in wanted) or CASES

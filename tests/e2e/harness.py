@@ -15,15 +15,15 @@ TAG = "PIPELINERL_TEST_TAG"
 
 
 class TrainCommand:
-    """`pipelinerl train OVERRIDES` in a process group of its own, as a terminal would start it."""
+    """`pipelinerl train OVERRIDES`, or another command, in a process group of its own, as a terminal would start it."""
 
-    def __init__(self, run_dir: Path, overrides: Sequence[str]):
+    def __init__(self, run_dir: Path, overrides: Sequence[str], command: str = "train"):
         self.run_dir = run_dir
         self.tag = uuid.uuid4().hex
         self._seen: set[psutil.Process] = set()
         self._output = (run_dir.parent / f"{run_dir.name}.out").open("w+")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "pipelinerl", "train", f"run_dir={run_dir}", *overrides],
+            [sys.executable, "-m", "pipelinerl", command, f"run_dir={run_dir}", *overrides],
             stdout=self._output,
             stderr=subprocess.STDOUT,
             env=_user_environment() | {TAG: self.tag},
