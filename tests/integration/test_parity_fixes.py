@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
-from pipelinerl.parity.probe import stale_request
+from pipelinerl.parity.probe import score_request, stale_request
 from pipelinerl.parity.results import PHASES, Evidence
 from pipelinerl.parity.statistics import Statistics, statistics
 from tests.integration.models import run_config, write_model
@@ -38,7 +38,11 @@ def config_of(path: Path, dtype: str = "bfloat16", **changes: dict[str, Any]) ->
     return run_config(path, dtype, **sections)
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+TIED = pytest.mark.parametrize("model", [True], indirect=True, ids=["tied"])
+BOTH = pytest.mark.parametrize("model", [True, False], indirect=True, ids=["tied", "untied"])
+
+
+@pytest.fixture(scope="module")
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("scaled")
     return write_model(path, tied=request.param, large_logits=True)
@@ -56,6 +60,7 @@ def of_phase(evidence: Evidence, phase: str, config: Any) -> Statistics:
     return statistics(evidence, config.algo, evidence.phase == PHASES.index(phase))
 
 
+@BOTH
 async def test_with_all_fixes_parity_holds_and_without_the_temperature_it_does_not(reference: "Bench") -> None:
     for seed in SEEDS:
         samples = await reference.sample(seed)
@@ -78,12 +83,7 @@ async def test_with_all_fixes_parity_holds_and_without_the_temperature_it_does_n
         assert reference.verdict(stale).layer == "inference_path"
 
 
-async def _request(bench: "Bench", samples: Any) -> Any:
-    from pipelinerl.parity.probe import score_request
-
-    return score_request(bench.config, samples)
-
-
+@TIED
 async def test_raw_logprobs_are_a_semantic_failure(reference: "Bench", model: Path) -> None:
     from tests.integration.bench import bench
 
@@ -97,6 +97,7 @@ async def test_raw_logprobs_are_a_semantic_failure(reference: "Bench", model: Pa
             assert verdict.layer == "semantic" and "engine.logprobs_mode=processed_logprobs" in verdict.advice
 
 
+@BOTH
 async def test_a_bf16_head_in_the_engine_adds_rounding_noise(reference: "Bench", model: Path) -> None:
     """That is what a system does that leaves tied heads out of the fix."""
     from tests.integration.bench import bench
@@ -110,6 +111,7 @@ async def test_a_bf16_head_in_the_engine_adds_rounding_noise(reference: "Bench",
             assert found.k3 > 2 * before.k3
 
 
+@TIED
 async def test_prefix_caching_reuses_old_kv_after_an_update(reference: "Bench", model: Path) -> None:
     from tests.integration.bench import bench
 
@@ -123,6 +125,7 @@ async def test_prefix_caching_reuses_old_kv_after_an_update(reference: "Bench", 
             assert verdict.layer == "inference_path" and "cache_salt=version" in verdict.advice
 
 
+@TIED
 async def test_a_cache_that_is_salted_with_the_version_is_never_older_than_the_weights(
     reference: "Bench", model: Path
 ) -> None:
@@ -136,6 +139,7 @@ async def test_a_cache_that_is_salted_with_the_version_is_never_older_than_the_w
             assert salted.verdict(evidence).passed
 
 
+@TIED
 async def test_an_update_that_aborts_throws_completions_away(reference: "Bench", model: Path) -> None:
     from tests.integration.bench import bench
 

@@ -12,20 +12,24 @@ from pipelinerl.config.load import load_config
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+PAGES = [README, *(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))]
 
 
 def shown_commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    blocks = [block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)]
     return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
 
 
 def test_every_command_is_one_that_a_test_knows() -> None:
-    kinds = ("pipelinerl train", "pipelinerl make-tiny", "./scripts/")
+    kinds = ("pipelinerl train", "pipelinerl parity", "pipelinerl make-tiny", "./scripts/")
+    kinds += (".venv/bin/python scripts/parity_ablation.py",)
     assert [command for command in shown_commands() if not command.startswith(kinds)] == []
 
 
-@pytest.mark.parametrize("command", [c for c in shown_commands() if c.startswith("pipelinerl train")])
-def test_every_train_command_composes(command: str) -> None:
+@pytest.mark.parametrize(
+    "command", [c for c in shown_commands() if c.startswith(("pipelinerl train", "pipelinerl parity"))]
+)
+def test_every_train_or_parity_command_composes(command: str) -> None:
     load_config([word for word in shlex.split(command)[2:] if not word.startswith("--")])
 
 
@@ -36,8 +40,10 @@ def test_every_script_is_there_and_parses(script: str) -> None:
 
 
 def test_every_linked_file_is_there() -> None:
-    targets = re.findall(r"\]\(([^)]+)\)", README)
-    assert targets and [target for target in targets if not (ROOT / target).exists()] == []
+    targets = [ROOT / target for target in re.findall(r"\]\(([^)]+)\)", README)]
+    for page in (ROOT / "docs").glob("*.md"):
+        targets += [page.parent / target for target in re.findall(r"\]\(([^)]+)\)", page.read_text())]
+    assert targets and [target for target in targets if not target.exists()] == []
 
 
 def test_the_first_settings_are_those_of_the_help_with_the_quickstarts_values() -> None:
