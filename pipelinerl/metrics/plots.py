@@ -122,7 +122,13 @@ def _staleness(records: Records, bound: int | None) -> "Figure | None":
     oldest = series(records, "train", "staleness/max")
     if not len(oldest):
         return None
-    figure, (lag, share) = panels(2, 1, height=7)
+    by_lag = [
+        (f"staleness/abs_log_ratio_lag_{k}", f"lag {k}", colour)
+        for k, colour in enumerate(_cycle(9))
+        if len(series(records, "train", f"staleness/abs_log_ratio_lag_{k}"))
+    ]
+    figure, axes = panels(3 if by_lag else 2, 1, height=10 if by_lag else 7)
+    lag, share = axes[:2]
     if bound is not None:
         lag.axhline(bound, color=GREY, linestyle="--", linewidth=1.5, label=f"bound {bound}")
     _line(lag, oldest, "#fca5a5", "max", linewidth=6)  # wide and pale: it often coincides with the percentile
@@ -137,6 +143,12 @@ def _staleness(records: Records, bound: int | None) -> "Figure | None":
     share.set_title("Completions sampled by two or more weight versions")
     share.set_ylabel("% of rollouts")
     share.set_ylim(0, 104)
+    if by_lag:
+        axes[2].set_yscale("log", nonpositive="mask")
+        _curves(axes[2], records, by_lag)
+        axes[2].set_title("|log ratio| by lag")
+        axes[2].set_ylabel("nats per token (log)")
+        legend(axes[2])
     return figure
 
 
@@ -252,5 +264,5 @@ def legend(axes: "Axes") -> None:
 
 
 def _cycle(count: int) -> list[str]:
-    colours = (ORANGE, GREEN, RED, GREY)
+    colours = (ORANGE, GREEN, RED, GREY, BLUE)
     return [colours[index % len(colours)] for index in range(count)]

@@ -4,6 +4,7 @@ It takes the engines through one in-flight update and back; the trainer's weight
 What it measured calibrates the alarm that watches the run.
 """
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ async def preflight(
     if config.parity.preflight == "off":
         return None
     status("parity preflight")
+    start = time.perf_counter()
     problems = task.problems("train")[: config.parity.groups]
     samples = await sample(engines, trainer, updates, problems, config)
     evidence = await score(trainer, samples, score_request(config, samples))
@@ -48,7 +50,8 @@ async def preflight(
     measured = statistics(evidence, config.algo)
     if verdict.passed:
         tell(
-            f"parity holds: mean |Δlogprob| {measured.mean_abs:.1e}, k3 {measured.k3:.1e} over {measured.tokens} tokens"
+            f"parity holds: mean |Δlogprob| {measured.mean_abs:.1e}, k3 {measured.k3:.1e} over "
+            f"{measured.tokens} tokens ({time.perf_counter() - start:.1f} s)"
         )
         return measured
     problem = f"no parity, {verdict.layer}: {verdict.advice}"

@@ -77,7 +77,7 @@ async def test_with_all_fixes_parity_holds_and_without_the_temperature_it_does_n
         verdict = reference.verdict(untempered)
         assert verdict.layer == "semantic" and not verdict.passed
 
-        request = stale_request(await _request(reference, samples))
+        request = stale_request(score_request(reference.config, samples))
         stale = await reference.score(samples, request)
         assert statistics(stale, reference.config.algo).mean_abs > 5 * found.mean_abs
         assert reference.verdict(stale).layer == "inference_path"
@@ -105,10 +105,13 @@ async def test_a_bf16_head_in_the_engine_adds_rounding_noise(reference: "Bench",
     config = config_of(model, model={"head_dtype": "bfloat16"})
     async with bench(config, reference.config) as rounded:
         for seed in SEEDS:
-            found = statistics(await rounded.evidence(seed), config.algo)
+            evidence = await rounded.evidence(seed)
+            found = statistics(evidence, config.algo)
             before = statistics(await reference.evidence(seed), config.algo)
             assert found.mean_abs > 1.5 * before.mean_abs
             assert found.k3 > 2 * before.k3
+            fresh, after = (of_phase(evidence, phase, config) for phase in ("fresh", "after"))
+            assert after.mean_abs < 1.5 * fresh.mean_abs, "a head that kept its packed copy of the old weights"
 
 
 @TIED

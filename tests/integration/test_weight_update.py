@@ -1,17 +1,16 @@
 """Weights that change while an engine samples: nothing is lost, every token has its right version and logprob."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import pytest_asyncio
 import torch
 from torch import Tensor
 
 from pipelinerl.types import Completion
-from tests.integration.models import load_reference, run_config
+from tests.integration.models import load_reference
 
 if TYPE_CHECKING:
     from tests.integration.serving import Served
@@ -102,24 +101,3 @@ async def test_many_small_buckets_carry_the_same_weights(fp32_engine: "Served") 
     fresh = await fp32_engine.generate(PROMPTS, 1.0, 30)
     assert differences(fp32_engine.policy, PROMPTS, fresh).max() < 1e-4
     assert fp32_engine.engine.version == version + 1
-
-
-@pytest_asyncio.fixture(loop_scope="session")
-async def bf16_engine(tied_model: Path) -> "AsyncIterator[Served]":
-    from tests.integration.serving import serve
-
-    async with serve(run_config(tied_model, "bfloat16", model={"head_dtype": "bfloat16"})) as served:
-        yield served
-
-
-async def test_a_tied_bf16_head_follows_the_update(bf16_engine: "Served") -> None:
-    """On CPU a head of the body's dtype computes from a packed copy of its weights: one that stayed old shows here."""
-    from tests.integration.serving import PROMPTS, differences, disturb
-
-    before = await bf16_engine.generate(PROMPTS, 1.0, 40)
-    assert differences(bf16_engine.policy, PROMPTS, before).mean() < 2e-2, "before"
-    disturb(bf16_engine.policy, 0.05, seed=3)
-    assert differences(bf16_engine.policy, PROMPTS, before).mean() > 0.1
-    await generate_across_update(bf16_engine, PROMPTS[:16])
-    after = await bf16_engine.generate(PROMPTS, 1.0, 40)
-    assert differences(bf16_engine.policy, PROMPTS, after).mean() < 2e-2
