@@ -45,6 +45,8 @@ def engine_args(config: RunConfig, backend: str, seed: int) -> AsyncEngineArgs:
         trust_remote_code=False,
         seed=seed,
         tensor_parallel_size=engine.tensor_parallel,
+        # Inside a Ray actor vLLM would have Ray place the workers; they belong beside it, on the GPUs of its bundle.
+        distributed_executor_backend="mp" if engine.tensor_parallel > 1 else None,
         max_model_len=engine.max_model_len,
         max_num_seqs=engine.max_num_seqs,
         max_num_batched_tokens=engine.max_num_batched_tokens,
