@@ -226,4 +226,4 @@ class ScoreRequest:
     nudged: Mapping[int, bool]  # version -> True when its weights were the nudged ones
     kv: str = "keep"  # what an update did to the KV of a running sequence: "keep" (old KV) or "recompute" (new KV)
     head: str = "served"  # "served": the weight the engine has; "checkpoint": that of the checkpoint, in float32
-    head_dtype: str | None = None  # of the projection; None = model.head_dtype
+    head_dtype: str | None = None  # of the projection; None = that of the trainer's configuration

@@ -90,12 +90,12 @@ class Bench:
 
 
 @asynccontextmanager
-async def bench(config: RunConfig, trainer_config: RunConfig | None = None) -> AsyncIterator[Bench]:
-    """A running bench; `trainer_config` where the trainer's side is to differ from the engine's."""
+async def bench(config: RunConfig) -> AsyncIterator[Bench]:
+    """A running bench."""
     worker = RolloutWorker(config, 0, "gloo")
     try:
         await worker.start()
-        engine, trainer = LocalEngine(worker), LocalTrainer(trainer_config or config)
+        engine, trainer = LocalEngine(worker), LocalTrainer(config)
         publisher = Publisher(trainer, [engine], config.weights, "gloo", config.engine.tensor_parallel)
         await publisher.connect()
         yield Bench(config, engine, trainer, publisher)
