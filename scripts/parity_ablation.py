@@ -38,7 +38,7 @@ SINGLE = {
 VARIANTS = MAIN | SINGLE
 PANELS = [
     Panel("policy/clip_rate", "Clip rate", "% of tokens", 100),
-    Panel("policy/kl_old_new", "KL old/new", "nats per token", log=True),
+    Panel("policy/kl_old_new", "KL old/new", "nats per token", log_from=1e-5),
     Panel("policy/entropy", "Entropy", "nats per token"),
     Panel("reward/mean", "Reward", "mean of the step"),
 ]
@@ -71,6 +71,10 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _label(name: str) -> str:
+    return name.replace("_", " ")
+
+
 def _run_dir(out: Path, algo: str, name: str, seed: int) -> Path:
     return out / algo / f"{name}-seed{seed}"
 
@@ -95,13 +99,13 @@ def _train(out: Path, algo: str, name: str, seed: int, overrides: list[str]) -> 
 def _draw(out: Path, figures: Path, algo: str) -> None:
     def there(names: dict[str, list[str]]) -> dict[str, list[Path]]:
         found = {name: sorted((out / algo).glob(f"{name}-seed*/model")) for name in names}
-        return {name: [model.parent for model in models] for name, models in found.items() if models}
+        return {_label(name): [model.parent for model in models] for name, models in found.items() if models}
 
     main_runs, single = there(MAIN), there(SINGLE)
     if main_runs:
         compare(main_runs, PANELS, figures / f"parity_{algo}.png")
     if single:
-        base = {name: runs for name, runs in main_runs.items() if name == "fixed_v1"}
+        base = {name: runs for name, runs in main_runs.items() if name == _label("fixed_v1")}
         compare(base | single, PANELS, figures / f"parity_{algo}_single.png")
     (figures / f"parity_{algo}.md").write_text(table(main_runs | single, PANELS, LAST))
     print((figures / f"parity_{algo}.md").read_text())

@@ -32,7 +32,7 @@ class Panel:
     title: str
     unit: str
     scale: float = 1.0
-    log: bool = False
+    log_from: float | None = None  # a logarithmic axis that starts here at the lowest
 
 
 def compare(variants: Variants, wanted: Sequence[Panel], path: Path) -> None:
@@ -52,12 +52,13 @@ def compare(variants: Variants, wanted: Sequence[Panel], path: Path) -> None:
                 _curve(axes, [series(records, "train", panel.metric) for records in runs], label, colour, panel)
             axes.set_title(panel.title)
             axes.set_ylabel(panel.unit)
-            if panel.log:
+            if panel.log_from is not None:
                 axes.set_yscale("log", nonpositive="mask")
+                axes.set_ylim(bottom=max(panel.log_from, axes.get_ylim()[0]))
         for axes in all_axes[len(wanted) :]:
             axes.set_visible(False)
         handles, labels = all_axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))
         figure.savefig(path, dpi=DPI, format="png")
 
 
