@@ -170,19 +170,19 @@ async def _straddling(
     config: RunConfig,
     samples: Samples,
 ) -> list[RolloutGroup]:
-    """Groups, cut down to the completions in which an update fell; as many updates as it takes to have some.
+    """Groups, cut down to the completions in which an update fell.
 
-    An update that waits for running sequences, or aborts them, leaves none: one update is enough to see that.
+    As many updates as it takes for one to meet running sequences; one that waits for them to end never does.
     """
-    expected = config.engine.update_pause == "keep"
+    waits = config.engine.update_pause == "wait"
     found: list[RolloutGroup] = []
-    for version in range(1, 1 + (STRADDLING_TRIES if expected else 1)):
+    for version in range(1, 1 + (1 if waits else STRADDLING_TRIES)):
         await trainer.nudge()
         samples.nudged[version] = not samples.nudged[version - 1]
         groups, pause_s = await _across_update(prober, updates, problems, version)
         samples.pause_s = max(pause_s, samples.pause_s or 0.0)
         found += [straddlers for group in groups if (straddlers := _straddlers(group)).rollouts]
-        if found:
+        if found or prober.aborted:
             break
     return _at_most(found, STRADDLING_SEQUENCES)
 

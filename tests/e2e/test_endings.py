@@ -18,6 +18,7 @@ def start(tmp_path: Path, random_model: Path) -> Iterator[Start]:
 
     def start(*overrides: str) -> TrainCommand:
         sizes = ["steps=100000", "batch.groups_per_step=4", "batch.group_size=4", "eval.at_start=false"]
+        sizes += ["parity.preflight=off"]
         command = TrainCommand(tmp_path / "run", [f"model.path={random_model}", *sizes, *overrides])
         commands.append(command)
         return command
