@@ -76,15 +76,6 @@ def test_raw_logprobs_fail_with_the_layer_the_setting_and_the_measured_gain(rand
     assert cases["configured"]["mean_abs"] > 1000 * cases["all_fixes"]["mean_abs"]
 
 
-def test_training_refuses_to_start_without_parity(random_model: Path, tmp_path: Path) -> None:
-    options = [f"model.path={random_model}", "engine.logprobs_mode=raw_logprobs", "steps=2"]
-    code, output = finished(tmp_path / "run", "train", options)
-    assert code == 3 and "no parity, semantic: engine.logprobs_mode=processed_logprobs" in output, output
-    assert "Traceback" not in output
-    assert not (tmp_path / "run" / "model").exists()
-    assert json.loads((tmp_path / "run" / "parity.json").read_text())["verdict"] == "fail"
-
-
 def test_with_lr_0_weight_updates_change_nothing(random_model: Path, tmp_path: Path) -> None:
     """Twenty updates with the same weights: no drift of any mismatch, and the canary sees every byte unchanged."""
     options = [

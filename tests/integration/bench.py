@@ -76,7 +76,8 @@ class Bench:
         """A probe's samples; afterwards engine and trainer hold the same weights again, under the label 0."""
         problems = build_task(self.config.task, seed).problems("train")[: self.config.parity.groups]
         samples = await sample(self.engine, self.trainer, self.publisher, problems, self.config)
-        await self.publisher.publish(0)
+        metrics = await self.publisher.publish(0)
+        assert metrics["sync/params_read_back"] == 1 and metrics["sync/params_changed"] in (0, 1)
         return samples
 
     async def score(self, samples: Samples, request: ScoreRequest | None = None) -> Evidence:

@@ -177,30 +177,6 @@ async def test_without_the_canary_nothing_is_verified(victim: "Served") -> None:
     assert {span.version for span in completion.spans} == {1000}
 
 
-@pytest.mark.parametrize(
-    ("head", "dtype", "head_dtype"),
-    [("untied_model", "float32", "float32"), ("tied_model", "bfloat16", "float32")],
-)
-async def test_a_good_update_passes_and_every_parameter_is_read_back(
-    head: str, dtype: str, head_dtype: str, request: pytest.FixtureRequest
-) -> None:
-    async with serving(request.getfixturevalue(head), dtype, head_dtype) as served:
-        await served.link.send()
-        assert served.engine.version == 2
-
-
-async def test_every_rank_of_a_tensor_parallel_engine_verifies_its_own_shard(
-    untied_model: Path, saboteurs: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")
-    async with serving(untied_model, "bfloat16", "bfloat16", tensor_parallel=2) as served:
-        await sabotage(served, "layer not updated on rank 1")
-        text = await caught(served)
-        assert "path: model.layers.0.self_attn.q_proj.weight still holds version 1 on rank 1; " in text
-        assert text.endswith("; and 9 more")
-
-
 async def test_updates_with_the_same_weights_change_no_bit(fp32_engine: "Served") -> None:
     """As with a learning rate of 0."""
     await fp32_engine.link.send()

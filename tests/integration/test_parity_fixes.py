@@ -4,6 +4,7 @@ A bfloat16 body whose logits reach 15 to 20, as those of real models do. Every s
 with problems of its own.
 """
 
+import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,13 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
+from pipelinerl.errors import ParityError
+from pipelinerl.parity.ablation import with_settings
+from pipelinerl.parity.preflight import preflight
 from pipelinerl.parity.probe import score_request, stale_request
 from pipelinerl.parity.results import PHASES, Evidence
 from pipelinerl.parity.statistics import Statistics, statistics
+from pipelinerl.tasks.registry import build_task
 from tests.integration.models import run_config, write_model
 
 if TYPE_CHECKING:
@@ -84,7 +89,7 @@ async def test_with_all_fixes_parity_holds_and_without_the_temperature_it_does_n
 
 
 @TIED
-async def test_raw_logprobs_are_a_semantic_failure(reference: "Bench", model: Path) -> None:
+async def test_raw_logprobs_are_a_semantic_failure(reference: "Bench", model: Path, tmp_path: Path) -> None:
     from tests.integration.bench import bench
 
     async with bench(config_of(model, engine={"logprobs_mode": "raw_logprobs"})) as raw:
@@ -95,6 +100,31 @@ async def test_raw_logprobs_are_a_semantic_failure(reference: "Bench", model: Pa
             assert found.mean_signed > 0.05  # the tempered distribution is the sharper one
             verdict = raw.verdict(evidence)
             assert verdict.layer == "semantic" and "engine.logprobs_mode=processed_logprobs" in verdict.advice
+        await preflight_refuses_or_warns(raw, tmp_path)
+
+
+async def preflight_refuses_or_warns(bench: "Bench", run_dir: Path) -> None:
+    """A training run does not start on such an engine, unless it is told to; the report is there in either case."""
+    said: list[str] = []
+
+    async def begin(mode: str) -> Statistics | None:
+        config = with_settings(bench.config, {"parity.preflight": mode})
+        task = build_task(config.task, 0)
+        try:
+            return await preflight(
+                config, task, bench.engine, bench.trainer, bench.publisher, {}, run_dir, said.append, said.append
+            )
+        finally:
+            await bench.publisher.publish(0)
+
+    with pytest.raises(ParityError, match=r"no parity, semantic: engine\.logprobs_mode=processed_logprobs: mean"):
+        await begin("strict")
+    assert json.loads((run_dir / "parity.json").read_text())["layer"] == "semantic"
+    found = await begin("warn")
+    assert found is not None and found.mean_abs > 0.1
+    assert "no parity, semantic" in said[-1] and "training all the same" in said[-1]
+    said.clear()
+    assert await begin("off") is None and said == []
 
 
 @BOTH

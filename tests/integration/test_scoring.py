@@ -242,36 +242,3 @@ async def test_an_engine_that_compiles_its_model_is_refused(deep_engine: "Served
             await deep_engine.engine.hidden_states(TOKENS)
     finally:
         settings.enforce_eager = True
-
-
-# --- two workers ------------------------------------------------------------------------------------------------------
-
-
-@pytest_asyncio.fixture(loop_scope="session")
-async def tensor_parallel_engine(tied_model: Path, monkeypatch: pytest.MonkeyPatch) -> "AsyncIterator[Served]":
-    """Takes about 30 s to start."""
-    from pipelinerl.engine.vllm_engine import VllmEngine
-    from pipelinerl.trainer.model import load_policy
-    from pipelinerl.weights.sender import GlooSender, manifest_of
-    from tests.integration.serving import Link, Served
-
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    config = run_config(tied_model, engine={"tensor_parallel": 2})
-    engine = await VllmEngine.start(config, 0, "gloo")
-    try:
-        policy = load_policy(config.model, 1.0, 1000, False)
-        sender = GlooSender(60.0)
-        init_info = sender.listen("127.0.0.1") | {"rank_offset": 1, "world_size": 3}
-        await asyncio.gather(asyncio.to_thread(sender.connect, 3), engine.connect(init_info))
-        yield Served(config, engine, Link(policy, manifest_of(policy.hf, 2**20), sender, engine))
-    finally:
-        await engine.shutdown()
-
-
-async def test_tensor_parallel_scores_and_hidden_states(tensor_parallel_engine: "Served") -> None:
-    from tests.integration.serving import PROMPTS
-
-    await check(tensor_parallel_engine, PROMPTS[:24], 1.0)
-    found = await compare(tensor_parallel_engine, TOKENS)
-    assert found.jump is None and 0 < max(found.differences) < 1e-5, found.describe()
