@@ -1,9 +1,9 @@
 """The parity probe on a rollout worker and a policy in this process: all of it but Ray and DeepSpeed."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipelinerl.config.schema import RunConfig
@@ -85,6 +85,16 @@ class Bench:
 
     async def evidence(self, seed: int) -> Evidence:
         return await self.score(await self.sample(seed))
+
+    @contextmanager
+    def engine_settings(self, config: RunConfig) -> "Iterator[Bench]":
+        """The same engine under settings that are ours and not vLLM's: what an update does, the salt of the cache."""
+        engine: Any = self.engine.worker._engine
+        before, engine._config = engine._config, config.engine
+        try:
+            yield replace(self, config=config)
+        finally:
+            engine._config = before
 
     def verdict(self, evidence: Evidence) -> Verdict:
         return judge([CaseResult(CONFIGURED, "", "", "", None, evidence)], [], self.config)

@@ -157,30 +157,23 @@ async def test_prefix_caching_reuses_old_kv_after_an_update(reference: "Bench", 
             assert after.mean_abs > 2 * fresh.mean_abs and after.mean_abs > 2 * good.mean_abs
             verdict = cached.verdict(evidence)
             assert verdict.layer == "inference_path" and "cache_salt=version" in verdict.advice
-
-
-@TIED
-async def test_a_cache_that_is_salted_with_the_version_is_never_older_than_the_weights(
-    reference: "Bench", model: Path
-) -> None:
-    from tests.integration.bench import bench
-
-    async with bench(config_of(model, engine={"prefix_caching": True, "cache_salt": "version"})) as salted:
-        for seed in SEEDS:
-            evidence = await salted.evidence(seed)
-            fresh, after = (of_phase(evidence, phase, salted.config) for phase in ("fresh", "after"))
-            assert after.mean_abs < 1.5 * fresh.mean_abs
-            assert salted.verdict(evidence).passed
+        with cached.engine_settings(
+            config_of(model, engine={"prefix_caching": True, "cache_salt": "version"})
+        ) as salted:
+            for seed in SEEDS:
+                evidence = await salted.evidence(seed)
+                fresh, after = (of_phase(evidence, phase, salted.config) for phase in ("fresh", "after"))
+                assert after.mean_abs < 1.5 * fresh.mean_abs, "a salted cache is never older than the weights"
+                assert salted.verdict(evidence).passed
 
 
 @TIED
 async def test_an_update_that_aborts_throws_completions_away(reference: "Bench", model: Path) -> None:
-    from tests.integration.bench import bench
-
-    async with bench(config_of(model, engine={"update_pause": "abort", "update_clear_cache": True})) as aborting:
+    config = config_of(model, engine={"update_pause": "abort", "update_clear_cache": True})
+    with reference.engine_settings(config) as aborting:
         for seed in SEEDS:
             evidence = await aborting.evidence(seed)
-            assert evidence.aborted > 0 and (await reference.evidence(seed)).aborted == 0
+            assert evidence.aborted > 0
             assert not (evidence.phase == PHASES.index("straddling")).any()
             verdict = aborting.verdict(evidence)
             assert verdict.layer == "inference_path" and "engine.update_pause=keep" in verdict.advice
