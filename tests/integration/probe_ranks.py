@@ -1,12 +1,6 @@
-"""A program that trains with a probe between two steps: `python -m tests.integration.probe_ranks IN OUT`.
+"""The cases of test_probe_ranks.py: training with a probe between two steps. ranks.py runs them."""
 
-Every rank is a fork, as in trainer_ranks.py, which runs the cases without a probe.
-"""
-
-import multiprocessing
 import pickle
-import socket
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +10,6 @@ from numpy.typing import NDArray
 
 from pipelinerl.config.schema import RunConfig
 from pipelinerl.types import FloatArray, RankBatch, RolloutGroup, ScoredSequence, ScoreRequest, StepResult
-
-TIMEOUT_S = 120
 
 Weights = dict[str, NDArray[Any]]
 
@@ -87,34 +79,3 @@ def run_rank(case: Case, rank: int, port: int, out: Path) -> None:
         run.refused = str(error)
     dist.destroy_process_group()
     out.write_bytes(pickle.dumps(run))
-
-
-def run_case(name: str, case: Case, target: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    forks = multiprocessing.get_context("fork")
-    outs = [target / f"{name}-{rank}.pickle" for rank in range(case.config.trainer.ranks)]
-    ranks = [forks.Process(target=run_rank, args=(case, rank, port, out)) for rank, out in enumerate(outs)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(TIMEOUT_S)
-    ended = [process.exitcode for process in ranks]
-    for process in ranks:
-        process.kill()
-    if ended != [0] * len(ranks):
-        sys.exit(f"case {name}: exit codes {ended}")
-
-
-def main(source: str, target: str) -> None:
-    import pipelinerl.trainer.worker  # noqa: F401  the slow imports, once for all forks
-
-    for name, case in pickle.loads(Path(source).read_bytes()).items():
-        run_case(name, case, Path(target))
-
-
-if __name__ == "__main__":
-    from tests.integration import probe_ranks
-
-    probe_ranks.main(*sys.argv[1:])

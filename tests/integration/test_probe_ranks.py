@@ -3,10 +3,6 @@
 All cases run in one subprocess (see probe_ranks.py).
 """
 
-import os
-import pickle
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,8 +12,10 @@ import torch
 
 from pipelinerl.batch.packing import rank_batches
 from pipelinerl.types import Completion, Outcome, Rollout, RolloutGroup, SampleRef, ScoreRequest, Turn, VersionSpan
+from tests.integration import probe_ranks
 from tests.integration.models import load_reference, reference_logprobs, run_config
 from tests.integration.probe_ranks import Case, RankRun
+from tests.integration.ranks import results_of
 
 # Straddlers and whole ones, at version 0 (own weights) and 1 (nudged)
 SPANS = ([(0, 8)], [(0, 5), (1, 6)], [(1, 7)], [(1, 3), (0, 9)])
@@ -65,25 +63,8 @@ def runs(tied_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
         for probed in (False, True):
             batches = rank_batches(refs, ranks, 10_000, tokens)
             cases[f"{name} {probed}"] = Case(config, batches, TRAINED, PROBED, REQUEST if probed else None)
-    source = folder / "cases.pickle"
-    source.write_bytes(pickle.dumps(cases))
-    process = subprocess.run(
-        [sys.executable, "-m", "tests.integration.probe_ranks", source, folder],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-6000:]
-    return {
-        (name, probed): [
-            pickle.loads((folder / f"{name} {probed}-{rank}.pickle").read_bytes()) for rank in range(ranks)
-        ]
-        for name, (_, ranks, _) in CASES.items()
-        for probed in (False, True)
-    }
+    results = results_of(probe_ranks, cases, folder)
+    return {(name, probed): results[f"{name} {probed}"] for name in CASES for probed in (False, True)}
 
 
 @pytest.mark.parametrize("case", CASES)

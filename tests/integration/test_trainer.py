@@ -7,10 +7,6 @@ then compares gradients, element by element.
 """
 
 import math
-import os
-import pickle
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipelinerl.batch.packing import rank_batches
 from pipelinerl.types import Completion, Outcome, RankBatch, Rollout, RolloutGroup, SampleRef, Turn, VersionSpan
+from tests.integration import trainer_ranks
 from tests.integration.models import load_reference, reference_logprobs, run_config
+from tests.integration.ranks import results_of
 from tests.integration.trainer_ranks import Case, RankRun
 
 Weights = dict[str, NDArray[np.float32]]
@@ -156,25 +154,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def runs(tied_model: Path, untied_model: Path, groups: list[RolloutGroup], folder: Path) -> dict[str, list[RankRun]]:
     """Every case, as [rank]."""
-    cases = make_cases(tied_model, untied_model, groups, folder)
-    source = folder / "cases.pickle"
-    source.write_bytes(pickle.dumps(cases))
-    process = subprocess.run(
-        [sys.executable, "-m", "tests.integration.trainer_ranks", source, folder],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-6000:]
-    return {
-        name: [
-            pickle.loads((folder / f"{name}-{rank}.pickle").read_bytes()) for rank in range(case.config.trainer.ranks)
-        ]
-        for name, case in cases.items()
-    }
+    return results_of(trainer_ranks, make_cases(tied_model, untied_model, groups, folder), folder)
 
 
 def change(run: RankRun, step: int = 0) -> Weights:

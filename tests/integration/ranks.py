@@ -1,0 +1,72 @@
+"""Runs trainer cases, each on ranks of its own: `python -m tests.integration.ranks MODULE IN OUT`.
+
+DeepSpeed takes seconds to import and its state is global. So one process imports it once, and every rank of every case
+is a fork of it that starts a process group, calls `run_rank(case, rank, port, out)` of MODULE, and exits. A case is any
+record with the configuration of its run as `config`; what `run_rank` pickles to `out` is the result of the rank.
+"""
+
+import multiprocessing
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+CASE_TIMEOUT_S = 120
+
+
+def results_of(module: ModuleType, cases: Mapping[str, Any], folder: Path) -> dict[str, list[Any]]:
+    """What every case ended with, as [rank]. `module` is the one with `run_rank`."""
+    source = folder / "cases.pickle"
+    source.write_bytes(pickle.dumps(cases))
+    process = subprocess.run(
+        [sys.executable, "-m", "tests.integration.ranks", module.__name__, source, folder],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-6000:]
+    return {
+        name: [
+            pickle.loads((folder / f"{name}-{rank}.pickle").read_bytes()) for rank in range(case.config.trainer.ranks)
+        ]
+        for name, case in cases.items()
+    }
+
+
+def run_case(run_rank: Callable[..., None], name: str, case: Any, target: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    forks = multiprocessing.get_context("fork")
+    outs = [target / f"{name}-{rank}.pickle" for rank in range(case.config.trainer.ranks)]
+    ranks = [forks.Process(target=run_rank, args=(case, rank, port, out)) for rank, out in enumerate(outs)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(CASE_TIMEOUT_S)
+    ended = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+    if ended != [0] * len(ranks):
+        sys.exit(f"case {name}: exit codes {ended}")
+
+
+def main(module: str, source: str, target: str) -> None:
+    import pipelinerl.trainer.worker  # noqa: F401  the slow imports, once for all forks
+
+    run_rank = import_module(module).run_rank
+    for name, case in pickle.loads(Path(source).read_bytes()).items():
+        run_case(run_rank, name, case, Path(target))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
