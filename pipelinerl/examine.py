@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from pipelinerl.algo.diagnostics import LAG_BUCKETS
 from pipelinerl.config.preflight import with_absolute_paths
 from pipelinerl.config.schema import RunConfig
 from pipelinerl.errors import EXIT_DONE, PipelineRLError, first_line
@@ -72,13 +73,17 @@ class Bench:
         self.session = session
         self.problems = problems
 
-    async def measure(self, config: RunConfig, fresh_engines: bool = False) -> Measured:
-        """Sample and score with the engine settings of `config`; its trainer settings are those of the session."""
+    async def sample(self, config: RunConfig, fresh_engines: bool = False) -> Samples:
+        """Sample with the engine settings of `config`; its trainer settings are those of the session."""
         session = self.session
         if fresh_engines:
             await session.replace_engines(config)
-        samples = await sample(session.fleet, session.trainer, session.publisher, self.problems, config)
-        return Measured(samples, await score(session.trainer, samples, score_request(config, samples)))
+        return await sample(session.fleet, session.trainer, session.publisher, self.problems, config)
+
+    async def measure(self, config: RunConfig, fresh_engines: bool = False) -> Measured:
+        """Sample, and score as training with `config` would."""
+        samples = await self.sample(config, fresh_engines)
+        return Measured(samples, await score(self.session.trainer, samples, score_request(config, samples)))
 
 
 async def _ablate(bench: Bench, cases: Sequence[Case], base: RunConfig, reference: Measured) -> list[CaseResult]:
@@ -100,10 +105,8 @@ async def _run_case(bench: Bench, case: Case, setup: Setup, reference: Measured)
         return replace(result, reason=reason)
     scoring: Callable[[Any], Any] = case.scoring or (lambda request: request)
     try:
-        samples = reference.samples
         config = with_settings(setup.config, changes)
-        if changes:
-            samples = (await bench.measure(config, fresh_engines=True)).samples
+        samples = await bench.sample(config, fresh_engines=True) if changes else reference.samples
         request = scoring(score_request(config, samples))
         return replace(result, evidence=await score(bench.session.trainer, samples, request))
     except ValidationError as error:
@@ -141,7 +144,7 @@ async def _lag_evidence(session: Session, config: RunConfig, samples: Samples) -
 
 
 def _at_lag(lag: int, metrics: Mapping[str, float]) -> LagEvidence:
-    bucket = min(lag, 8)
+    bucket = min(lag, LAG_BUCKETS - 1)
     return LagEvidence(
         lag,
         metrics[f"staleness/abs_log_ratio_lag_{bucket}"],

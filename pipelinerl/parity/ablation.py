@@ -52,9 +52,7 @@ class Case:
     what: str
     expect: str
     layer: Layer
-    changes: Changes = field(
-        default_factory=dict
-    )  # another engine is started with these; none: the reference's samples
+    changes: Changes = field(default_factory=dict)  # of another engine; none: what the reference sampled is scored
     scoring: Callable[[ScoreRequest], ScoreRequest] | None = None  # what else the trainer does otherwise
     blocked: Blocked = _never
 
