@@ -15,12 +15,13 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from pipelinerl.algo.advantages import group_advantages
+from pipelinerl.algo.aggregation import aggregation_of, token_weights
 from pipelinerl.batch.packing import rank_batches
 from pipelinerl.concurrency import background, together
 from pipelinerl.config.plan import eval_versions
@@ -53,7 +54,7 @@ class Rollouts(Protocol):
 class Trainer(Protocol):
     """The trainer ranks, as the loop uses them."""
 
-    async def step(self, batches: Sequence[RankBatch], payloads: Sequence[Any]) -> StepResult: ...
+    async def step(self, updates: Sequence[Sequence[RankBatch]], payloads: Sequence[Any]) -> StepResult: ...
 
 
 class WeightPublisher(Protocol):
@@ -205,9 +206,9 @@ async def solve(run: Run, index: int, problem: Problem) -> GroupMeta:
     return meta
 
 
-def make_batches(groups: Sequence[Finished], config: RunConfig) -> tuple[list[RankBatch], list[np.ndarray]]:
+def make_batches(groups: Sequence[Finished], config: RunConfig) -> tuple[list[list[RankBatch]], list[np.ndarray]]:
     """Advantages, and the work of every rank. Completions that were not scored are in neither."""
-    refs, advantages, loss_tokens = [], [], 0
+    refs, advantages, lengths = [], [], []
     for index, group in enumerate(groups):
         rollouts = group.meta.rollouts
         valid = np.array([rollout.outcome.scored for rollout in rollouts])
@@ -215,9 +216,12 @@ def make_batches(groups: Sequence[Finished], config: RunConfig) -> tuple[list[Ra
         advantages.append(group_advantages(rewards, valid, config.algo))
         for number in np.flatnonzero(valid):
             refs.append(SampleRef(index, int(number), float(advantages[-1][number]), rollouts[number].total_len))
-            loss_tokens += rollouts[number].completion_len
-    batches = rank_batches(refs, config.trainer.ranks, config.trainer.micro_batch_tokens, loss_tokens)
-    return batches, advantages
+            lengths.append(rollouts[number].completion_len)
+    weights = token_weights(
+        lengths, [ref.group for ref in refs], aggregation_of(config.algo), config.sampling.max_tokens
+    )
+    refs = [replace(ref, weight=float(weight)) for ref, weight in zip(refs, weights, strict=True)]
+    return [rank_batches(refs, config.trainer.ranks, config.trainer.micro_batch_tokens)], advantages
 
 
 async def write_rollouts(run: Run, step: int, groups: Sequence[Finished], advantages: Sequence[np.ndarray]) -> None:

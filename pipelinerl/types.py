@@ -169,25 +169,44 @@ class TrainSample:
     logprobs: FloatArray  # [T] engine logprob where loss_mask, else 0
     versions: IntArray  # [T] sampling version where loss_mask, else -1
     advantage: float
+    weight: float = 1.0  # of the loss of each sampled token in the loss of the step
 
 
 @dataclass(frozen=True, slots=True)
 class SampleRef:
-    """Names a rollout (`group` indexes the payloads that are sent along) and carries its advantage."""
+    """Names a rollout (`group` indexes the payloads that are sent along), its advantage and its share in the loss.
+
+    The loss of an optimizer update is the sum over samples of `weight` times the sum of the sample's token losses; what
+    it is a mean over, and over all ranks and micro-batches, is in the weights (algo/aggregation.py).
+    """
 
     group: int
     rollout: int
     advantage: float
     length: int  # total_len
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class RankBatch:
-    """The work of one trainer rank in one step. All ranks have the same number of micro-batches."""
+    """The work of one trainer rank in one optimizer update. All ranks have the same number of micro-batches."""
 
     micro_batches: tuple[tuple[SampleRef, ...], ...]  # an empty one is a dummy that only keeps ranks in step
-    loss_tokens: int  # sampled tokens in the step, over all ranks: the denominator of the loss
-    samples: int  # rollouts in the step, over all ranks
+    kl_to_go: float = 0.0  # taken off a token's advantage, times the sum of k1 from that token to its sequence's end
+
+
+@dataclass(frozen=True, slots=True)
+class SampleKL:
+    """k1 = log(engine/reference) of the T sampled tokens of a rollout, nats; K_t is its sum from token t to the end.
+
+    What `algo.kl.place=reward` needs: the driver never sees token arrays.
+    """
+
+    group: int  # as in SampleRef
+    rollout: int
+    total: float  # K_0
+    to_go_sum: float  # sum of K_t over the tokens
+    to_go_squares: float  # sum of K_t^2
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ def advantage(name: str) -> Callable[[AdvantageFn], AdvantageFn]:
     return register
 
 
-@advantage("loo")
+@advantage("rloo")
 def leave_one_out(rewards: Rewards) -> Rewards:
     """RLOO (2402.14740): reward minus the mean reward of the others, which equals V/(V-1) * (reward - mean)."""
     others: Rewards = (rewards.sum() - rewards) / (len(rewards) - 1)
@@ -74,7 +74,5 @@ def group_advantages(rewards: FloatArray, valid: BoolArray, config: AlgoConfig) 
     if len(scored) < 2 or (scored == scored[0]).all():
         return result
     values = ADVANTAGES[config.advantage](scored)
-    if config.normalize_std:
-        values = values / (scored.std() + STD_EPS)
     result[valid] = values
     return result

@@ -1,26 +1,25 @@
 """Policy losses, per token and to be minimised. All tensors are flat: [N] tokens of one packed micro-batch.
 
-Nothing is reduced here. The trainer sums `token_loss` and multiplies by world_size / `denominator`, the number of
-tokens or of sequences in the whole step, over all ranks and micro-batches. A sequence is never split. So the gradient
-does not depend on how the step was cut into ranks and micro-batches.
+Nothing is reduced here. The trainer multiplies `token_loss` by the weights of algo/aggregation.py and sums: what the loss
+is a mean over, over all ranks and micro-batches, is in the weights. A sequence is never split. So the gradient does not
+depend on how the step was cut into ranks and micro-batches.
 
 Notation:  mu = the engine's logprob of the sampled token, pi = the trainer's,  rho = exp(pi - mu),  A = advantage.
 No proximal policy is recomputed: rho is the only ratio ("bypass" form of decoupled PPO).
 
-To add a loss, write one function `(LossInputs, its config) -> LossOutputs`, name it and say what it is a mean over
-with `@loss("kind", mean_over="tokens")`, and add the section with this `kind` to `AlgoConfig` (config/schema.py).
+To add a loss, write one function `(LossInputs, its config) -> LossOutputs`, name it with `@loss("kind")`, and add the
+section with this `kind` to `AlgoConfig` (config/schema.py).
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipelinerl.config.schema import GSPO, AlgoConfig, PPOClip, ReinforceIS
-from pipelinerl.types import RankBatch
 
 MAX_LOG_RATIO = 20.0  # exp(20) = 5e8: far beyond every cap, far from overflow
 
@@ -53,41 +52,18 @@ class LossOutputs:
 
 
 LossFn = Callable[[LossInputs, Any], LossOutputs]
-MeanOver = Literal["tokens", "sequences"]
+LOSSES: dict[str, LossFn] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """A registered loss: `function` gives the terms, the loss of a step is their sum over its tokens or sequences."""
-
-    function: LossFn
-    mean_over: MeanOver
-
-
-LOSSES: dict[str, Loss] = {}
-
-
-def loss(kind: str, *, mean_over: MeanOver) -> Callable[[LossFn], LossFn]:
-    """Makes a function the loss of `algo.kind=kind`. Its inputs are float32 and 0 outside the mask.
-
-    A mean over tokens weighs every sampled token of the step the same, a mean over sequences every sequence.
-    """
+def loss(kind: str) -> Callable[[LossFn], LossFn]:
+    """Makes a function the loss of `algo.kind=kind`. Its inputs are float32 and 0 outside the mask."""
 
     def register(function: LossFn) -> LossFn:
         assert kind not in LOSSES, kind
-        LOSSES[kind] = Loss(function, mean_over)
+        LOSSES[kind] = function
         return function
 
     return register
-
-
-def denominator(batch: RankBatch, config: AlgoConfig) -> int:
-    """What the summed loss of a step is divided by: its sampled tokens, or its sequences, over all ranks.
-
-    A sequence is a scored rollout, all its turns together. Each has a sampled token: the engine samples at least one,
-    or it aborts the request, and then the rollout is not scored.
-    """
-    return batch.loss_tokens if LOSSES[config.kind].mean_over == "tokens" else batch.samples
 
 
 def policy_loss(inputs: LossInputs, config: AlgoConfig) -> LossOutputs:
@@ -96,7 +72,7 @@ def policy_loss(inputs: LossInputs, config: AlgoConfig) -> LossOutputs:
     Whatever stands at positions outside the mask, NaN and infinity included, reaches neither loss nor gradient.
     A non-finite logprob or advantage inside the mask makes its `token_loss` non-finite, so that the step is skipped.
     """
-    outputs = LOSSES[config.kind].function(_masked(inputs), config)
+    outputs = LOSSES[config.kind](_masked(inputs), config)
     assert outputs.token_loss.shape == outputs.clipped.shape == inputs.mask.shape, outputs.token_loss.shape
     return LossOutputs(torch.where(inputs.mask, outputs.token_loss, 0.0), outputs.clipped & inputs.mask)
 
@@ -106,7 +82,7 @@ def importance_ratio(inputs: LossInputs) -> Tensor:
     return _bounded_exp(inputs.logprobs_new - inputs.logprobs_rollout)
 
 
-@loss("ppo_clip", mean_over="tokens")
+@loss("ppo_clip")
 def ppo_clip(inputs: LossInputs, config: PPOClip) -> LossOutputs:
     """-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A)   (1707.06347; separate bounds: 2503.14476).
 
@@ -115,21 +91,20 @@ def ppo_clip(inputs: LossInputs, config: PPOClip) -> LossOutputs:
     return _clipped_objective(importance_ratio(inputs), inputs.advantages, config.clip_low, config.clip_high)
 
 
-@loss("gspo", mean_over="sequences")
+@loss("gspo")
 def gspo(inputs: LossInputs, config: GSPO) -> LossOutputs:
     """-min(s A, clip(s, 1 - clip_low, 1 + clip_high) A) per sequence, s = exp(mean of log rho over its sampled tokens).
 
-    (2507.18071.) Each of the T sampled tokens of a sequence carries 1/T of its loss, so that their sum is the
-    sequence's; `clipped` is the same for all of them. Clipped, and then without gradient, as in PPO-clip.
+    (2507.18071.) Each sampled token of a sequence carries the sequence's loss, so that the mean over them is that too.
+    Clipped, and then without gradient, as in PPO-clip.
     """
     log_ratio = inputs.logprobs_new - inputs.logprobs_rollout
     length = _sequence_sum(inputs.mask.float(), inputs.sequence).clamp(min=1)
     ratio = _bounded_exp(_sequence_sum(log_ratio, inputs.sequence) / length)
-    outputs = _clipped_objective(ratio, inputs.advantages, config.clip_low, config.clip_high)
-    return LossOutputs(outputs.token_loss / length, outputs.clipped)
+    return _clipped_objective(ratio, inputs.advantages, config.clip_low, config.clip_high)
 
 
-@loss("reinforce_is", mean_over="tokens")
+@loss("reinforce_is")
 def reinforce_is(inputs: LossInputs, config: ReinforceIS) -> LossOutputs:
     """-sg(min(rho, max_ratio)) A log pi   (2505.24034). Clipped where rho > max_ratio; the gradient stays, capped."""
     ratio = importance_ratio(inputs).detach()

@@ -42,14 +42,15 @@ def pack(lengths: Sequence[int], ranks: int, micro_batch_tokens: int) -> list[li
     return _over_ranks(lengths, bins, ranks)
 
 
-def rank_batches(refs: Sequence[SampleRef], ranks: int, micro_batch_tokens: int, loss_tokens: int) -> list[RankBatch]:
-    """The step's work of each rank, by `pack`. `loss_tokens` counts the sampled tokens of all `refs`."""
+def rank_batches(
+    refs: Sequence[SampleRef], ranks: int, micro_batch_tokens: int, kl_to_go: float = 0.0
+) -> list[RankBatch]:
+    """The work of each rank in one optimizer update, by `pack`."""
     packed = pack([ref.length for ref in refs], ranks, micro_batch_tokens)
     return [
         RankBatch(
             micro_batches=tuple(tuple(refs[index] for index in micro_batch) for micro_batch in micro_batches),
-            loss_tokens=loss_tokens,
-            samples=len(refs),
+            kl_to_go=kl_to_go,
         )
         for micro_batches in packed
     ]

@@ -22,6 +22,7 @@ Example: a prompt [11, 12] answered with [21, 22], packed with a prompt [13] ans
     logprobs            0   -.1   -.2     0    -.3     0
     versions           -1     4     5    -1      5    -1
     advantages          0    .5    .5     0     -1     0
+    weights             0   1/3   1/3     0    1/3     0        of the tokens in the loss
     sequence            0     0     0     0      1     1
     cu_seqlens          0                 4            6        [S+1]
 """
@@ -51,10 +52,11 @@ class PackedBatch:
     logprobs: FloatArray  # [N] the engine's logprob of the target where loss_mask, else 0
     versions: IntArray  # [N] the version that sampled the target where loss_mask, else -1
     advantages: FloatArray  # [N] of the sequence where loss_mask, else 0
+    weights: FloatArray  # [N] of the token in the loss of the step where loss_mask, else 0
     sequence: LongArray  # [N] index of the sequence, counted from 0
 
 
-def train_sample(rollout: Rollout, advantage: float) -> TrainSample:
+def train_sample(rollout: Rollout, advantage: float, weight: float = 1.0) -> TrainSample:
     """Contexts and completions of all turns in a row; only completion tokens are in the loss mask."""
     assert rollout.turns and len(rollout.turns[0].context), "nothing comes before the first sampled token"
     tokens, masks, logprobs, versions = [], [], [], []
@@ -71,6 +73,7 @@ def train_sample(rollout: Rollout, advantage: float) -> TrainSample:
         logprobs=np.concatenate(logprobs).astype(np.float32),
         versions=np.concatenate(versions),
         advantage=advantage,
+        weight=weight,
     )
 
 
@@ -86,7 +89,10 @@ def collate(samples: Sequence[TrainSample]) -> PackedBatch:
     assert all(len(s.tokens) and not s.loss_mask[0] for s in samples), "no position predicts a first token"
     lengths = np.array([len(sample.tokens) for sample in samples])
     loss_mask = _joined([_next(sample.loss_mask, False) for sample in samples], np.bool_)
-    per_sequence = np.array([sample.advantage for sample in samples], np.float32)
+
+    def per_token(values: list[float]) -> FloatArray:
+        return np.where(loss_mask, np.repeat(np.array(values, np.float32), lengths), np.float32(0))
+
     return PackedBatch(
         input_ids=_joined([sample.tokens for sample in samples], np.int64),
         position_ids=_joined([np.arange(length) for length in lengths], np.int64),
@@ -95,7 +101,8 @@ def collate(samples: Sequence[TrainSample]) -> PackedBatch:
         loss_mask=loss_mask,
         logprobs=_joined([_next(sample.logprobs, 0.0) for sample in samples], np.float32),
         versions=_joined([_next(sample.versions, -1) for sample in samples], np.int32),
-        advantages=np.where(loss_mask, np.repeat(per_sequence, lengths), np.float32(0)),
+        advantages=per_token([sample.advantage for sample in samples]),
+        weights=per_token([sample.weight for sample in samples]),
         sequence=np.repeat(np.arange(len(samples), dtype=np.int64), lengths),
     )
 

@@ -2,11 +2,12 @@
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from pipelinerl.cluster.remote import RemoteWorker
 from pipelinerl.config.schema import TrainerConfig
-from pipelinerl.types import FloatArray, RankBatch, SampleRef, ScoredSequence, ScoreRequest, StepResult
+from pipelinerl.types import FloatArray, RankBatch, ScoredSequence, ScoreRequest, StepResult
 
 
 class TrainerGroup:
@@ -25,11 +26,12 @@ class TrainerGroup:
         )
         return dict(described[0])
 
-    async def step(self, batches: Sequence[RankBatch], payloads: Sequence[Any]) -> StepResult:
-        """One optimizer step. `payloads[i]` is a reference to the group that `SampleRef.group == i` names."""
+    async def step(self, updates: Sequence[Sequence[RankBatch]], payloads: Sequence[Any]) -> StepResult:
+        """The optimizer updates of a step, each as [rank]. `payloads[i]` is a reference to the group that
+        `SampleRef.group == i` names."""
         calls = (
-            rank.call("step", *_own_share(batch, payloads), timeout_s=self._config.step_timeout_s)
-            for rank, batch in zip(self._ranks, batches, strict=True)
+            rank.call("step", *_own_share(own, payloads), timeout_s=self._config.step_timeout_s)
+            for rank, own in zip(self._ranks, zip(*updates, strict=True), strict=True)
         )
         results: list[StepResult] = await asyncio.gather(*calls)
         return results[0]
@@ -63,12 +65,14 @@ class TrainerGroup:
         await self._ranks[0].call("export", target, timeout_s=self._config.step_timeout_s)
 
 
-def _own_share(batch: RankBatch, payloads: Sequence[Any]) -> tuple[Any, ...]:
-    """The batch and only the payloads it names, renumbered, so that no rank fetches groups it does not train on."""
-    used = sorted({ref.group for micro_batch in batch.micro_batches for ref in micro_batch})
+def _own_share(updates: Sequence[RankBatch], payloads: Sequence[Any]) -> tuple[Any, ...]:
+    """The updates and only the payloads they name, renumbered: no rank fetches groups it does not train on."""
+    refs = [ref for batch in updates for micro_batch in batch.micro_batches for ref in micro_batch]
+    used = sorted({ref.group for ref in refs})
     number = {group: index for index, group in enumerate(used)}
-    micro_batches = tuple(
-        tuple(SampleRef(number[ref.group], ref.rollout, ref.advantage, ref.length) for ref in micro_batch)
-        for micro_batch in batch.micro_batches
-    )
-    return RankBatch(micro_batches, batch.loss_tokens, batch.samples), *(payloads[group] for group in used)
+
+    def renumbered(batch: RankBatch) -> RankBatch:
+        rows = (tuple(replace(ref, group=number[ref.group]) for ref in refs) for refs in batch.micro_batches)
+        return replace(batch, micro_batches=tuple(rows))
+
+    return tuple(map(renumbered, updates)), *(payloads[group] for group in used)

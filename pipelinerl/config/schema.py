@@ -86,9 +86,21 @@ class BatchConfig(Section):
     group_size: Annotated[int, Field(ge=2)] = Field(
         8, description="completions per prompt; the baseline is the group's"
     )
+    zero_variance: Literal["keep", "refill"] = Field(
+        "keep", description="groups whose rewards are all equal; refill draws others in their places (DAPO, 2503.14476)"
+    )
+    updates: PositiveInt = Field(
+        1, description="optimizer updates per step, each on its share of the groups (PPO's mini-batches)"
+    )
     max_dropped_groups_in_a_row: PositiveInt = Field(
         64, description="give up (exit 5) when so many groups in a row were unusable"
     )
+
+    @model_validator(mode="after")
+    def _updates_share_groups(self) -> "BatchConfig":
+        if self.groups_per_step % self.updates:
+            raise ValueError(f"updates={self.updates} does not divide groups_per_step={self.groups_per_step}")
+        return self
 
 
 class SamplingConfig(Section):
@@ -120,40 +132,268 @@ class SamplingConfig(Section):
         return self
 
 
-class _AlgoCommon(Section):
-    advantage: Literal["loo", "grpo"] = Field(
-        "loo", description="baseline of a group: mean of the others (RLOO) or mean of all (GRPO)"
+class RewardConfig(Section):
+    """From what a task returns to what is trained on. `reward/*` metrics are the task's, `reward/shaped_*` these."""
+
+    weights: dict[str, float] = Field(
+        {}, description="component -> weight; the reward is then the weighted sum of these components, {} = the task's"
     )
-    normalize_std: bool = Field(False, description="divide a group's advantages by its reward std")
+    overlong_buffer: PositiveInt | None = Field(
+        None, description="tokens before sampling.max_tokens over which the reward falls by up to overlong_penalty"
+    )
+    overlong_penalty: NonNegativeFloat = Field(1.0, description="at sampling.max_tokens and when truncated (DAPO: 1)")
+    length_penalty: NonNegativeFloat = Field(0.0, description="times completion length / sampling.max_tokens")
 
 
-class PPOClip(_AlgoCommon):
-    """PPO-clip on the ratio of the current policy to the engine's logprobs (1707.06347; bounds of 2503.14476)."""
+class Coefficient(Section):
+    """A weight of a term, constant or changing linearly with the optimizer step."""
+
+    coef: NonNegativeFloat = Field(0.0, description="at the first step; 0 = off")
+    final_coef: NonNegativeFloat | None = Field(None, description="after anneal_steps; null = it stays as it is")
+    anneal_steps: PositiveInt | None = Field(None, description="steps from coef to final_coef; null = all of the run")
+
+    @model_validator(mode="after")
+    def _anneals_to_something(self) -> "Coefficient":
+        if self.anneal_steps is not None and self.final_coef is None:
+            raise ValueError(f"anneal_steps={self.anneal_steps} without a final_coef; set it, or anneal_steps=null")
+        return self
+
+    @property
+    def on(self) -> bool:
+        """Whether it is above 0 at any step."""
+        return self.coef > 0 or (self.final_coef or 0.0) > 0
+
+    def at(self, step: int, steps: int) -> float:
+        """Its value at optimizer step `step` (from 1) of `steps`."""
+        if self.final_coef is None:
+            return self.coef
+        span = self.anneal_steps or steps
+        done = 1.0 if span == 1 else min(1.0, (step - 1) / (span - 1))
+        return self.coef + (self.final_coef - self.coef) * done
+
+
+class EntropyConfig(Coefficient):
+    """An entropy bonus: the loss gets -coef * entropy of every sampled token's distribution, nats."""
+
+
+class KLConfig(Coefficient):
+    """Distance to a frozen reference policy. Estimators: Schulman's note; their gradients: 2506.09477, 2510.01555."""
+
+    place: Literal["loss", "reward"] = Field("loss", description="a term of the loss, or taken off the reward")
+    estimator: Literal["k1", "k2", "k3"] = Field("k2", description="k1 belongs in the reward, k2 and k3 in the loss")
+    importance_cap: Annotated[float, Field(ge=1)] | None = Field(
+        2.0, description="in the loss: weigh by sg(min(ratio to the engine, this)), null = not (biased off-policy)"
+    )
+    max_log_ratio: PositiveFloat = Field(10.0, description="clamp of |log(policy/reference)|, nats")
+    reference: str | None = Field(None, min_length=1, description="model directory or hub id; null = model.path")
+    offload: bool = Field(False, description="keep the reference in host memory and bring it to the GPU when needed")
+
+    @model_validator(mode="after")
+    def _estimator_fits_place(self) -> "KLConfig":
+        if self.place == "loss" and self.estimator == "k1":
+            raise ValueError(
+                "estimator=k1 with place=loss: the expected gradient of k1 is zero, so it regularises nothing; "
+                "use k2 or k3, or place=reward"
+            )
+        if self.place == "reward" and self.estimator != "k1":
+            raise ValueError(f"estimator={self.estimator} with place=reward is biased; use k1, or place=loss")
+        return self
+
+
+Band = Annotated[tuple[PositiveFloat, PositiveFloat], Field(strict=False)]  # YAML has lists only
+
+
+class CorrectionConfig(Section):
+    """Weights and masks against what the sampling policy differs in; null = off. Named presets: algo/correction=...
+
+    x is the proximal policy over the engine's (`algo.proximal` not rollout) or the current one over the engine's.
+    A masked token keeps its place in the denominator of the loss.
+    """
+
+    tis_token: Annotated[float, Field(ge=1)] | None = Field(None, description="weigh tokens by min(x, this)")
+    tis_sequence: Annotated[float, Field(ge=1)] | None = Field(
+        None, description="weigh sequences by min(product of x, this)"
+    )
+    icepop: Band | None = Field(None, description="mask tokens with x outside (2510.18855); the rest is weighed by x")
+    sequence_mis: Band | None = Field(None, description="mask sequences whose product of x is outside")
+    geometric: Band | None = Field(None, description="mask sequences whose geometric mean of x is outside")
+    k3: PositiveFloat | None = Field(None, description="mask sequences whose mean k3 of x is above, nats")
+    veto: PositiveFloat | None = Field(None, description="mask sequences in which any x is below")
+    opsm: PositiveFloat | None = Field(
+        None, description="mask sequences of negative advantage whose mean log(engine/policy) is above (2512.02556)"
+    )
+    version_mask: NonNegativeInt | None = Field(None, description="mask tokens with a larger lag, optimizer steps")
+
+    @model_validator(mode="after")
+    def _bands_are_bands(self) -> "CorrectionConfig":
+        for name in ("icepop", "sequence_mis", "geometric"):
+            band = getattr(self, name)
+            if band is not None and not band[0] < 1 < band[1]:
+                raise ValueError(f"{name}={list(band)} is no band around a ratio of 1")
+        return self
+
+    @property
+    def weights(self) -> list[str]:
+        """The corrections that are on and multiply by x; masks are not among them."""
+        return [name for name in ("tis_token", "tis_sequence", "icepop") if getattr(self, name) is not None]
+
+
+Advantage = Literal["rloo", "grpo", "dr_grpo", "reinforce_pp", "reinforce_pp_baseline", "batch_std", "maxrl", "gdpo"]
+Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant", "prompt_mean"]
+Proximal = Literal["rollout", "recompute", "interpolate"]
+
+
+class _AlgoCommon(Section):
+    advantage: Advantage = Field("rloo", description="how rewards become advantages; see algo/advantages.py")
+    aggregation: Aggregation | None = Field(
+        None, description="what the loss is a mean over; null = what the objective was published with"
+    )
+    mask_truncated: bool = Field(False, description="leave truncated completions out of the loss, not the baseline")
+    correction: CorrectionConfig = CorrectionConfig()
+    kl: KLConfig = KLConfig()
+    entropy: EntropyConfig = EntropyConfig()
+
+
+class _OwnRatio(_AlgoCommon):
+    """Objectives whose ratio is to the engine's logprobs by definition: it is their importance weight."""
+
+    @model_validator(mode="after")
+    def _weighed_once(self) -> "_OwnRatio":
+        for name in self.correction.weights:
+            if name != "icepop":  # of which only the mask remains where the objective holds x itself
+                raise ValueError(
+                    f"correction.{name} with an objective that holds the ratio to the engine already would count it "
+                    "twice; use a mask (icepop, veto, geometric, ...), or proximal=recompute with algo=decoupled_ppo"
+                )
+        return self
+
+
+class _ProximalRatio(_AlgoCommon):
+    """Objectives on the ratio to a proximal policy (2110.00641), which is the engine's unless said otherwise."""
+
+    proximal: Proximal = Field(
+        "rollout",
+        description="rollout: the engine's logprobs; recompute: the trainer's at the start of the step; "
+        "interpolate: between the two by lag (A-3PO, 2512.06547)",
+    )
+
+    @model_validator(mode="after")
+    def _weighed_once(self) -> "_ProximalRatio":
+        weights = self.correction.weights
+        if self.proximal == "rollout":
+            for name in weights:
+                if name != "icepop":
+                    raise ValueError(
+                        f"correction.{name} with proximal=rollout: the objective's ratio holds that weight already and "
+                        "it would count twice; use proximal=recompute, or a mask (icepop, veto, geometric, ...)"
+                    )
+        elif not weights:
+            raise ValueError(
+                f"proximal={self.proximal} without an importance weight leaves the gap between engine and proximal "
+                "policy uncorrected, which is the case that collapses; add algo/correction=tis_token"
+            )
+        elif len(weights) > 1:
+            raise ValueError(f"correction.{weights[0]} and correction.{weights[1]} would count x twice; keep one")
+        return self
+
+
+ClipLow = Annotated[float, Field(gt=0, lt=1)]
+
+
+class PPOClip(_ProximalRatio):
+    """PPO-clip on the ratio of the current policy to the proximal one (1707.06347; bounds of 2503.14476)."""
 
     kind: Literal["ppo_clip"] = "ppo_clip"
-    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    clip_low: ClipLow = 0.2
     clip_high: PositiveFloat = 0.28
 
 
-class ReinforceIS(_AlgoCommon):
+class DualClip(_ProximalRatio):
+    """PPO-clip whose loss at a negative advantage is at most `bound` * |advantage| (1912.09729)."""
+
+    kind: Literal["dual_clip"] = "dual_clip"
+    clip_low: ClipLow = 0.2
+    clip_high: PositiveFloat = 0.28
+    bound: Annotated[float, Field(gt=1)] = 3.0
+
+
+class TwoSided(_ProximalRatio):
+    """PPO-clip whose unclipped ratio is at most `max_ratio`, which acts at negative advantages (2505.07291)."""
+
+    kind: Literal["two_sided"] = "two_sided"
+    clip_low: ClipLow = 0.2
+    clip_high: PositiveFloat = 0.28
+    max_ratio: Annotated[float, Field(gt=1)] = 4.0
+
+    @model_validator(mode="after")
+    def _beyond_the_clip(self) -> "TwoSided":
+        if self.max_ratio <= 1 + self.clip_high:
+            raise ValueError(f"max_ratio={self.max_ratio} is not above 1 + clip_high={1 + self.clip_high}")
+        return self
+
+
+class GSPO(_ProximalRatio):
+    """PPO-clip on the geometric mean of a sequence's token ratios (2507.18071, and its bounds).
+
+    The mean over tokens takes most of the spread out of the ratio, hence bounds that are so much tighter.
+    """
+
+    kind: Literal["gspo"] = "gspo"
+    clip_low: ClipLow = 3e-4
+    clip_high: PositiveFloat = 4e-4
+
+
+class GSPOToken(_ProximalRatio):
+    """GSPO with the sequence ratio as a constant and a gradient for each token of its own (2507.18071)."""
+
+    kind: Literal["gspo_token"] = "gspo_token"
+    clip_low: ClipLow = 3e-4
+    clip_high: PositiveFloat = 4e-4
+
+
+class SAPO(_ProximalRatio):
+    """A soft gate 4/tau * sigmoid(tau (ratio - 1)) instead of a clip (2511.20347)."""
+
+    kind: Literal["sapo"] = "sapo"
+    tau_positive: PositiveFloat = Field(1.0, description="temperature of the gate where the advantage is positive")
+    tau_negative: PositiveFloat = Field(1.05, description="and where it is negative")
+
+
+class ReinforceIS(_OwnRatio):
     """REINFORCE with a truncated importance weight, capped at `max_ratio` (2505.24034)."""
 
     kind: Literal["reinforce_is"] = "reinforce_is"
     max_ratio: Annotated[float, Field(ge=1)] = 2.0
 
 
-class GSPO(_AlgoCommon):
-    """PPO-clip on the geometric mean of a sequence's token ratios (2507.18071, and its bounds); a mean over sequences.
+class CISPO(_OwnRatio):
+    """REINFORCE with the ratio clipped to [min_ratio, max_ratio] as a constant (2506.13585; bounds of 2510.13786)."""
 
-    The mean over tokens takes most of the spread out of the ratio, hence bounds that are so much tighter.
-    """
-
-    kind: Literal["gspo"] = "gspo"
-    clip_low: Annotated[float, Field(gt=0, lt=1)] = 3e-4
-    clip_high: PositiveFloat = 4e-4
+    kind: Literal["cispo"] = "cispo"
+    min_ratio: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="the bound itself, not an offset from 1")
+    max_ratio: Annotated[float, Field(gt=1)] = Field(5.0, description="the bound itself, not an offset from 1")
 
 
-AlgoConfig = Annotated[PPOClip | ReinforceIS | GSPO, Field(discriminator="kind")]
+class TOPR(_OwnRatio):
+    """Weight 1 where the advantage is positive, the ratio clipped to [0, max_ratio] where negative (2503.14286)."""
+
+    kind: Literal["topr"] = "topr"
+    max_ratio: PositiveFloat = 1.0
+
+
+class DPPOTV(_OwnRatio):
+    """Ratio times advantage, without the tokens whose probability has moved too far already (2602.04879)."""
+
+    kind: Literal["dppo_tv"] = "dppo_tv"
+    max_rise: Fraction = Field(0.2, description="probability gained since sampling, where the advantage is positive")
+    max_fall: Fraction = Field(0.2, description="probability lost since sampling, where it is negative")
+    squared_log_ratio: NonNegativeFloat = Field(0.0, description="weight of (log ratio)^2 of all tokens")
+
+
+AlgoConfig = Annotated[
+    PPOClip | DualClip | TwoSided | GSPO | GSPOToken | SAPO | ReinforceIS | CISPO | TOPR | DPPOTV,
+    Field(discriminator="kind"),
+]
 
 
 class EngineConfig(Section):
@@ -198,6 +438,14 @@ class EngineConfig(Section):
     start_timeout_s: PositiveFloat = 600.0
 
 
+class LoraConfig(Section):
+    """Low-rank adapters through peft instead of full weights; merged into the weights that engines get."""
+
+    rank: NonNegativeInt = Field(0, description="0 = train all weights")
+    alpha: PositiveFloat = Field(32.0, description="the adapters are scaled by alpha / rank")
+    targets: list[str] = Field(["all-linear"], description="module names, or all-linear (all but the head)")
+
+
 class TrainerConfig(Section):
     """DeepSpeed through accelerate; one Ray actor per rank."""
 
@@ -205,6 +453,7 @@ class TrainerConfig(Section):
     lr: NonNegativeFloat = Field(1e-6, description="learning rate after the warm-up")
     warmup_steps: NonNegativeInt = 0
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
+    optimizer: Literal["adamw", "adam", "sgd"] = Field("adamw", description="sgd: momentum is betas[0]")
     weight_decay: NonNegativeFloat = 0.0
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         (0.9, 0.95),
@@ -212,12 +461,20 @@ class TrainerConfig(Section):
     )
     eps: PositiveFloat = 1e-8
     max_grad_norm: PositiveFloat = 1.0
-    zero_stage: Literal[1, 2] = Field(
-        1, description="1 shards the optimizer state over ranks, 2 the gradients too; both skip non-finite steps"
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1, description="sharded over ranks: 1 optimizer state, 2 also gradients, 3 also weights; 0 nothing"
     )
+    offload_optimizer: bool = Field(False, description="keep the optimizer state in host memory (ZeRO 1 to 3)")
+    offload_parameters: bool = Field(False, description="keep the weights in host memory (ZeRO 3)")
+    sequence_parallel: PositiveInt = Field(1, description="ranks that share each sequence (DeepSpeed Ulysses)")
+    lora: LoraConfig = LoraConfig()
     micro_batch_tokens: PositiveInt = Field(16384, description="tokens packed into one forward pass")
     logprob_chunk: PositiveInt = Field(2048, description="tokens whose logits exist at one time")
     gradient_checkpointing: bool = False
+    attention: Literal["auto", "sdpa", "varlen"] = Field(
+        "auto", description="sdpa: sequence by sequence; varlen: torch's flash attention over packed rows, GPU only"
+    )
+    compile: bool = Field(False, description="torch.compile the decoder layers")
     max_skipped_steps: NonNegativeInt = Field(
         3, description="stop (exit 5) after more than this many non-finite steps in a row"
     )
@@ -310,6 +567,18 @@ class ParityConfig(Section):
     max_clip_rate: Fraction = Field(0.02, description="limit of the fraction that the objective would clip at lag 0")
 
 
+class CheckpointConfig(Section):
+    """What a run can be resumed from: `<run_dir>/checkpoints/step_N`."""
+
+    every: NonNegativeInt = Field(50, description="optimizer steps between checkpoints; 0 = none")
+    keep_last: PositiveInt = Field(2, description="checkpoints that are kept")
+    keep_best: bool = Field(False, description="keep the one with the best metric too")
+    best_metric: str = Field("reward/mean", min_length=1, description="of the checkpoint's step, higher is better")
+    export_every: NonNegativeInt = Field(
+        0, description="optimizer steps between Hugging Face exports to <run_dir>/exports/step_N; 0 = at the end only"
+    )
+
+
 class WandbConfig(Section):
     mode: Literal["auto", "online", "offline", "disabled"] = Field(
         "auto", description="auto: online when logged in, else offline"
@@ -336,9 +605,15 @@ class RunConfig(Section):
     run_dir: str | None = Field(None, min_length=1, description="null = outputs/<name>-<time>")
     seed: NonNegativeInt = 0
     steps: PositiveInt = Field(100, description="optimizer steps")
+    resume: str = Field(
+        "auto",
+        min_length=1,
+        description="auto: go on from the newest checkpoint in run_dir, if there is one; never; or a checkpoint's path",
+    )
     model: ModelConfig
     task: TaskConfig
     grading: GradingConfig = GradingConfig()
+    reward: RewardConfig = RewardConfig()
     batch: BatchConfig = BatchConfig()
     sampling: SamplingConfig = SamplingConfig()
     algo: AlgoConfig
@@ -348,6 +623,7 @@ class RunConfig(Section):
     async_: AsyncConfig = Field(AsyncConfig(), alias="async")
     eval: EvalConfig = EvalConfig()
     parity: ParityConfig = ParityConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     cluster: ClusterConfig = ClusterConfig()
     metrics: MetricsConfig = MetricsConfig()
 

@@ -1,9 +1,8 @@
 """One optimizer step on one rank: micro-batches in, gradients accumulated, weights updated, metrics reduced.
 
-The loss of a step is the sum of its token losses divided by the number of sampled tokens in the whole step, or of its
-sequences, whichever the loss is a mean over; both count all ranks and micro-batches. Each micro-batch contributes
-`token_loss.sum() * world_size / denominator`; DeepSpeed's mean over ranks cancels the `world_size`. So the gradient
-does not depend on ranks, micro-batches or packing.
+The loss of an update is the sum of its token losses times their weights, which hold what it is a mean over (see
+algo/aggregation.py). Each micro-batch contributes its part times `world_size`, which DeepSpeed's mean over ranks cancels.
+So the gradient does not depend on ranks, micro-batches or packing.
 """
 
 import math
@@ -14,30 +13,28 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipelinerl.algo.diagnostics import Sums, token_sums
-from pipelinerl.algo.losses import LossInputs, denominator, policy_loss
+from pipelinerl.algo.losses import LossInputs, policy_loss
 from pipelinerl.batch.samples import PackedBatch
 from pipelinerl.config.schema import AlgoConfig
 from pipelinerl.trainer.attention import runs_of_equal_length
 from pipelinerl.trainer.backend import DeepSpeedBackend
-from pipelinerl.types import RankBatch
 
 
 def train_step(
-    backend: DeepSpeedBackend, rows: Sequence[PackedBatch], batch: RankBatch, version: int, algo: AlgoConfig
+    backend: DeepSpeedBackend, rows: Sequence[PackedBatch], version: int, algo: AlgoConfig
 ) -> tuple[bool, dict[str, float]]:
     """Train on this rank's micro-batches. Returns (applied, metrics); the metrics are the same on all ranks.
 
-    `rows` are the micro-batches of `batch`, packed; one without sampled tokens is a dummy, which keeps a rank in step
+    `rows` are the micro-batches, packed; one without sampled tokens is a dummy, which keeps a rank in step
     that has less to do than others. `version` is the optimizer version that trains, that is, before the step.
     """
     world_size = dist.get_world_size()
     lr = backend.lr
     sums = Sums.zero(backend.device)
     loss_sum = torch.zeros((), dtype=torch.float64, device=backend.device)
-    count = denominator(batch, algo)
     for index, row in enumerate(rows):
         loss, row_sums = _micro_batch(backend, row, version, algo)
-        backend.backward(loss * (world_size / count), last=index == len(rows) - 1)
+        backend.backward(loss * world_size, last=index == len(rows) - 1)
         loss_sum += loss.detach().double()
         sums += row_sums
     applied, grad_norm = backend.step()
@@ -47,7 +44,7 @@ def train_step(
     dist.all_reduce(sums.maxima, op=dist.ReduceOp.MAX)
     metrics = sums.finish()
     metrics |= {
-        "optim/loss": float(loss_sum) / count,
+        "optim/loss": float(loss_sum),
         "optim/grad_norm": grad_norm,
         "optim/lr": lr,
         "optim/skipped": float(not applied),
@@ -93,7 +90,7 @@ def _micro_batch(backend: DeepSpeedBackend, batch: PackedBatch, version: int, al
         sequence=inputs.sequence,
         version=version,
     )
-    loss = outputs.token_loss.sum() + keep_graph
+    loss = (outputs.token_loss * at_loss(batch.weights)).sum() + keep_graph
     # A non-finite loss can have a finite gradient (a clamp cuts it off). Make every gradient NaN, so that DeepSpeed's
     # check, which is agreed on over all ranks, skips the step.
     return loss if torch.isfinite(loss) else logprobs.sum() * math.nan, sums

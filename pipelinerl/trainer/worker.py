@@ -95,12 +95,14 @@ class TrainerWorker:
         sent = {"seconds": time.perf_counter() - start, "bytes": float(self._manifest.nbytes)}
         return sent | {"digests": digests} if canary else sent
 
-    def step(self, batch: RankBatch, *payloads: RolloutGroup) -> StepResult:
-        """One optimizer step on this rank's share. `payloads[i]` is the group that `SampleRef.group == i` names."""
+    def step(self, updates: Sequence[RankBatch], *payloads: RolloutGroup) -> StepResult:
+        """This rank's share of a step, of one or more optimizer updates. `payloads[i]` is the group that
+        `SampleRef.group == i` names."""
         assert not self._weights.nudged, "a probe must take its nudge back before a step"
         start = time.perf_counter()
-        rows = [collate(_samples(refs, payloads)) for refs in batch.micro_batches]
-        applied, metrics = train_step(self._backend, rows, batch, self._version, self._config.algo)
+        for batch in updates:
+            rows = [collate(_samples(refs, payloads)) for refs in batch.micro_batches]
+            applied, metrics = train_step(self._backend, rows, self._version, self._config.algo)
         self._version += 1
         metrics["perf/train_s"] = time.perf_counter() - start
         return StepResult(self._version, metrics, applied)
@@ -126,4 +128,4 @@ class TrainerWorker:
 def _samples(refs: Sequence[SampleRef], payloads: Sequence[RolloutGroup]) -> list[TrainSample]:
     if not refs:
         return [dummy_sample()]
-    return [train_sample(payloads[ref.group].rollouts[ref.rollout], ref.advantage) for ref in refs]
+    return [train_sample(payloads[ref.group].rollouts[ref.rollout], ref.advantage, ref.weight) for ref in refs]

@@ -12,5 +12,8 @@ out=scripts/requirements
 env -u UV_FIND_LINKS uv pip compile "${common[@]}" --extra cuda pyproject.toml -o "$out/cuda.txt"
 UV_FIND_LINKS="${UV_FIND_LINKS:-${PIP_FIND_LINKS:-}}" \
     uv pip compile "${common[@]}" --no-emit-package triton --extra cpu pyproject.toml -o "$out/cpu.txt"
-uv pip compile "${common[@]}" --group dev -c "$out/cpu.txt" -o "$out/dev.txt"
+# Beside the CPU flavour; packages that either flavour brings (trl names torch) are left to it.
+shared=($(sed -n 's/==.*//p' "$out/cpu.txt" | sed 's/^/--no-emit-package /'))
+UV_FIND_LINKS="${UV_FIND_LINKS:-${PIP_FIND_LINKS:-}}" \
+    uv pip compile "${common[@]}" "${shared[@]}" --no-emit-package triton --group dev -c "$out/cpu.txt" -o "$out/dev.txt"
 wc -l "$out"/*.txt
