@@ -10,14 +10,11 @@ done again. Writes <out>/<algo>/<variant>-seed<k>/, and <figures>/parity_<algo>.
 """
 
 import argparse
-import shlex
-import subprocess
-import sys
-import time
 from pathlib import Path
 
+from variants import finished, train
+
 from pipelinerl.metrics.compare import Panel, compare, table
-from pipelinerl.metrics.log import FILE_NAME, read_metrics
 
 RAW = ["engine.logprobs_mode=raw_logprobs"]
 CACHING = ["engine.prefix_caching=true", "engine.block_size=32"]
@@ -52,7 +49,8 @@ def main() -> int:
         for name in args.variants:
             if args.figure_only or (name in SINGLE and seed >= args.single_seeds):
                 continue
-            _train(args.out, args.algo, name, seed, [*steps, *args.overrides])
+            overrides = ["experiment=parity_ablation", f"algo={args.algo}", f"seed={seed}", *VARIANTS[name]]
+            train(args.out / args.algo / f"{name}-seed{seed}", [*overrides, *steps, *args.overrides])
     _draw(args.out, args.figures, args.algo)
     return 0
 
@@ -71,41 +69,12 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _label(name: str) -> str:
-    return name.replace("_", " ")
-
-
-def _run_dir(out: Path, algo: str, name: str, seed: int) -> Path:
-    return out / algo / f"{name}-seed{seed}"
-
-
-def _train(out: Path, algo: str, name: str, seed: int, overrides: list[str]) -> None:
-    run_dir = _run_dir(out, algo, name, seed)
-    if (run_dir / "model").is_dir():
-        return
-    command = [
-        str(Path(sys.executable).with_name("pipelinerl")), "train", "experiment=parity_ablation", f"algo={algo}",
-        f"seed={seed}", f"run_dir={run_dir}", *VARIANTS[name], *overrides,
-    ]  # fmt: skip
-    print(shlex.join(command), flush=True)
-    start = time.monotonic()
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
-    if done.returncode:
-        sys.exit(f"{name} seed {seed} ended with exit code {done.returncode}; see {run_dir}/logs")
-    rewards = [record["reward/mean"] for record in read_metrics(run_dir / FILE_NAME) if record["kind"] == "train"]
-    print(f"  {time.monotonic() - start:.0f} s, reward {rewards[0]:.2f} -> {rewards[-1]:.2f}", flush=True)
-
-
 def _draw(out: Path, figures: Path, algo: str) -> None:
-    def there(names: dict[str, list[str]]) -> dict[str, list[Path]]:
-        found = {name: sorted((out / algo).glob(f"{name}-seed*/model")) for name in names}
-        return {_label(name): [model.parent for model in models] for name, models in found.items() if models}
-
-    main_runs, single = there(MAIN), there(SINGLE)
+    main_runs, single = finished(out / algo, MAIN), finished(out / algo, SINGLE)
     if main_runs:
         compare(main_runs, PANELS, figures / f"parity_{algo}.png")
     if single:
-        base = {name: runs for name, runs in main_runs.items() if name == _label("fixed_v1")}
+        base = {name: runs for name, runs in main_runs.items() if name == "fixed v1"}
         compare(base | single, PANELS, figures / f"parity_{algo}_single.png")
     (figures / f"parity_{algo}.md").write_text(table(main_runs | single, PANELS, LAST))
     print((figures / f"parity_{algo}.md").read_text())

@@ -1,8 +1,8 @@
-"""scripts/parity_ablation.py: every variant is a legal configuration; figure and table show what was logged."""
+"""Scripts that compare runs: every variant is a legal configuration; figure and table show what was logged."""
 
-import importlib.util
+import importlib
+import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -11,18 +11,9 @@ from pipelinerl.config.plan import parity_fixes
 from pipelinerl.metrics.compare import Panel, compare, table
 from pipelinerl.metrics.log import MetricsLog
 
-ROOT = Path(__file__).parents[2]
-
-
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("parity_ablation", ROOT / "scripts" / "parity_ablation.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-SCRIPT = script()
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+SCRIPT = importlib.import_module("parity_ablation")
+OBJECTIVES = importlib.import_module("objectives")
 
 
 def fixes_off(name: str) -> list[int]:
@@ -39,6 +30,16 @@ def test_a_variant_without_one_fix_leaves_out_exactly_that_one(number: int) -> N
 
 def test_the_main_variants_have_all_fixes_or_none() -> None:
     assert [fixes_off(name) for name in ("reference", "fixed_v1", "initial_v1")] == [[], [], [1, 2, 3, 4]]
+
+
+def test_the_variants_of_the_quickstart_are_what_their_names_say() -> None:
+    configs = {name: load_config(["experiment=quickstart", *set_]) for name, set_ in OBJECTIVES.VARIANTS.items()}
+    kinds = {name: config.algo.kind for name, config in configs.items()}
+    assert (kinds["gspo"], kinds["cispo"], kinds["decoupled_ppo"]) == ("gspo", "cispo", "ppo_clip")
+    assert configs["decoupled_ppo"].algo.proximal == "recompute"
+    assert configs["lora"].trainer.lora.rank > 0
+    zero_3 = configs["zero_3_two_ranks"].trainer
+    assert (zero_3.zero_stage, zero_3.ranks) == (3, 2)
 
 
 PANELS = [Panel("reward/mean", "Reward", "mean"), Panel("policy/clip_rate", "Clip rate", "%", scale=100)]
