@@ -3,9 +3,18 @@
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from pipelinerl.errors import first_error
+
+
+@dataclass
+class Ending:
+    """A wish that the work end at its next good moment, and the seconds it has for that before it is cancelled."""
+
+    patience_s: float = 0.0  # 0: there is no good moment to wait for
+    wished: bool = False
 
 
 @asynccontextmanager

@@ -15,7 +15,6 @@ from pipelinerl.algo.diagnostics import LAG_BUCKETS
 from pipelinerl.config.preflight import with_absolute_paths
 from pipelinerl.config.schema import RunConfig
 from pipelinerl.errors import EXIT_DONE, PipelineRLError, first_line
-from pipelinerl.loop import Finished, make_batches
 from pipelinerl.parity.ablation import FIXES, Case, Setup, all_fixes, as_overrides, with_settings
 from pipelinerl.parity.bisect import LayerCurve, locate
 from pipelinerl.parity.probe import Samples, sample, score, score_request
@@ -26,6 +25,7 @@ from pipelinerl.run_dir import new_run_dir
 from pipelinerl.session import Session, open_session, until_done_or_signal
 from pipelinerl.tasks.registry import build_task
 from pipelinerl.types import Problem
+from pipelinerl.updates import make_batches
 
 EXIT_NO_PARITY = 1
 
@@ -132,13 +132,13 @@ async def _lag_evidence(session: Session, config: RunConfig, samples: Samples) -
     Empty when no group has an advantage to train on.
     """
     pairs = zip(samples.fresh_metas, samples.phases["fresh"], strict=True)
-    groups = [Finished(meta, group) for meta, group in pairs if meta.scored >= 2]
-    batches, advantages = make_batches(groups, config)
-    if not any(values.any() for values in advantages):
+    groups = [(meta, group) for meta, group in pairs if meta.scored >= 2]
+    batches = make_batches([meta for meta, _ in groups], config, step=1) if groups else None
+    if batches is None or not any(values.any() for values in batches.advantages):
         return []
     found = []
     for lag in range(config.async_.lag_bound + 1):
-        metrics = (await session.trainer.step(batches, [group.payload for group in groups])).metrics
+        metrics = (await session.trainer.step(batches.updates, [group for _, group in groups])).metrics
         found.append(_at_lag(lag, metrics))
     return found
 

@@ -7,23 +7,23 @@
     train   consumes the groups of a step      waits for  buffer.take         unblocked by  fill
     fill    consumes problems and places       waits for  buffer.admit        unblocked by  train (published)
     watch   consumes nothing                   waits for  time                ends the run when a process is gone
+    finish  consumes snapshots                 waits for  the ranks' writers  unblocked by  the disk
 
-A step s (from 1) trains with weights of version s - 1 and makes version s.
+A step s (from 1) trains with weights of version s - 1 and makes version s. A resumed run begins after step `start`.
 """
 
 import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
-from pipelinerl.algo.advantages import group_advantages
-from pipelinerl.algo.aggregation import aggregation_of, token_weights
-from pipelinerl.batch.packing import rank_batches
-from pipelinerl.concurrency import background, together
+from pipelinerl.checkpoint.driver_state import DriverState
+from pipelinerl.checkpoint.saver import Saver
+from pipelinerl.concurrency import Ending, background, together
 from pipelinerl.config.plan import eval_versions
 from pipelinerl.config.schema import RunConfig
 from pipelinerl.errors import BudgetSpent, ParityError, Stalled
@@ -34,7 +34,8 @@ from pipelinerl.parity.alarm import Alarm
 from pipelinerl.rollout.buffer import GroupBuffer
 from pipelinerl.tasks.base import Task
 from pipelinerl.tasks.stream import ProblemStream
-from pipelinerl.types import GroupMeta, Problem, RankBatch, SampleRef, StepResult
+from pipelinerl.types import FloatArray, GroupMeta, Problem, RankBatch, SampleKL, StepResult
+from pipelinerl.updates import StepBatches, make_batches, why_unusable
 
 HEALTH_INTERVAL_S = 2.0
 
@@ -55,6 +56,8 @@ class Trainer(Protocol):
     """The trainer ranks, as the loop uses them."""
 
     async def step(self, updates: Sequence[Sequence[RankBatch]], payloads: Sequence[Any]) -> StepResult: ...
+
+    async def reference_kl(self, updates: Sequence[Sequence[RankBatch]], payloads: Sequence[Any]) -> list[SampleKL]: ...
 
 
 class WeightPublisher(Protocol):
@@ -84,37 +87,52 @@ class Run:
     publisher: WeightPublisher
     log: MetricsLog
     rollouts: RolloutWriter
+    saver: Saver
+    start: int = 0  # steps that were done before
     alarm: Alarm | None = None
     tell: Callable[[str], None] = print  # a line for the person who watches
+    ending: Ending = field(default_factory=Ending)
     generated_tokens: int = 0
     reported_drops: Counter[str] = field(default_factory=Counter)  # those that are in the log already
-    dropped_in_a_row: int = 0
+    dropped_in_a_row: Counter[str] = field(default_factory=Counter)  # by reason
     skipped_in_a_row: int = 0
     unpublished: list[StepResult] = field(default_factory=list)  # of the steps since the last weight update
     last_progress: float = field(default_factory=time.monotonic)
 
+    def resume(self, state: DriverState) -> None:
+        """Go on where the run was whose state this is. The buffer has got its part of it."""
+        self.start = state.step
+        self.generated_tokens = state.generated_tokens
+        self.reported_drops = Counter(state.reported_drops)
+        self.dropped_in_a_row = Counter(state.dropped_in_a_row)
+        self.skipped_in_a_row = state.skipped_in_a_row
+
 
 async def train(run: Run) -> None:
     """prompt -> rollouts -> group -> advantages -> packed batch -> loss -> step -> broadcast -> engines."""
-    async with background(watch(run)):
-        await run.publisher.publish(0)
-        await evaluate(run, version=0)
+    async with background(watch(run), run.saver.finish()):
+        await run.publisher.publish(run.start)
+        if run.start == 0:
+            await evaluate(run, version=0)
         async with background(fill(run)):
-            for step in range(1, run.config.steps + 1):
+            for step in range(run.start + 1, run.config.steps + 1):
                 meter = Meter.start(run)
                 groups = await run.buffer.take()
-                batches, advantages = make_batches(groups, run.config)
+                batches = await prepare(run, step, groups)
                 result, _ = await together(
-                    run.trainer.step(batches, [group.payload for group in groups]),
-                    write_rollouts(run, step, groups, advantages),
+                    run.trainer.step(batches.updates, [group.payload for group in groups]),
+                    write_rollouts(run, step, groups, batches.advantages),
                 )
-                run.last_progress = time.monotonic()
-                run.unpublished.append(result)
+                settle(run, step, groups, result)
                 sync = await publish(run, step)
-                run.log.log("train", step, meter.stop(run, groups, result) | sync)
+                metrics = meter.stop(run, groups, result) | batches.metrics | sync
+                run.log.log("train", step, metrics)
                 check_skipped(run, result)
                 check_parity(run, step, result)
-                await evaluate(run, version=step)
+                await save(run, step, metrics | await evaluate(run, version=step))
+                if run.ending.wished:
+                    break
+        await run.saver.all_done()
 
 
 async def fill(run: Run) -> None:
@@ -122,26 +140,50 @@ async def fill(run: Run) -> None:
     async with asyncio.TaskGroup() as groups:
         while True:
             ticket = await run.buffer.admit()
-            groups.create_task(roll_out(run, ticket, run.stream.next()))
+            groups.create_task(roll_out(run, ticket, run.stream.at(ticket)))
 
 
 async def roll_out(run: Run, ticket: int, problem: Problem) -> None:
-    """One group, from prompt to rewards, into the buffer. A group without two scored completions has no baseline."""
+    """One group, from prompt to rewards, into the buffer. One that is unusable gives its place to another."""
     meta, payload = await run.fleet.rollout(ticket, problem)
     run.last_progress = time.monotonic()
     run.generated_tokens += sum(rollout.completion_len for rollout in meta.rollouts)
-    if meta.scored >= 2:
-        run.dropped_in_a_row = 0
+    reason = why_unusable(meta, run.config)
+    if reason is None:
+        run.dropped_in_a_row.clear()
         await run.buffer.put(ticket, Finished(meta, payload))
-        return
-    await run.buffer.drop(ticket, "errored")
-    run.dropped_in_a_row += 1
-    if run.dropped_in_a_row >= run.config.batch.max_dropped_groups_in_a_row:
-        details = next((r.detail for r in meta.rollouts if r.detail), "no detail")
-        raise BudgetSpent(
-            f"{run.dropped_in_a_row} groups in a row had fewer than two scored completions "
-            f"(batch.max_dropped_groups_in_a_row); the last one, {problem.id}: {details}"
-        )
+    else:
+        await run.buffer.drop(ticket, reason)
+        check_dropped(run, meta, reason)
+
+
+def settle(run: Run, step: int, groups: Sequence[Finished], result: StepResult) -> None:
+    """Note what became of the groups of a step, and of the step."""
+    run.last_progress = time.monotonic()
+    run.unpublished.append(result)
+    tickets = [group.meta.id for group in groups]
+    if result.applied:
+        run.buffer.ledger.trained(tickets, step)
+    else:
+        run.buffer.ledger.drop(tickets, "not_finite")
+
+
+async def save(run: Run, step: int, metrics: dict[str, float]) -> None:
+    """Checkpoint and export when it is due. Groups that are open now are sampled again by a run that is resumed."""
+    state = DriverState(
+        step=step,
+        ledger=run.buffer.ledger.to_dict(),
+        elapsed_s=run.log.elapsed_s,
+        generated_tokens=run.generated_tokens,
+        dropped_in_a_row=dict(run.dropped_in_a_row),
+        skipped_in_a_row=run.skipped_in_a_row,
+        reported_drops=dict(run.reported_drops),
+        wandb_id=run.saver.wandb_id,
+    )
+    seconds = await run.saver.after_step(state, metrics, last=run.ending.wished)
+    if seconds:
+        run.log.log("run", step, seconds)
+    run.last_progress = time.monotonic()
 
 
 async def watch(run: Run) -> None:
@@ -176,13 +218,13 @@ def weights_changed(steps: Sequence[StepResult]) -> bool | None:
     return True if any(metrics["optim/grad_norm"] > 0 for metrics in moves) else None
 
 
-async def evaluate(run: Run, version: int) -> None:
+async def evaluate(run: Run, version: int) -> dict[str, float]:
     """Accuracy on the held-out problems when it is due. No update happens meanwhile, so it is that of one version."""
     if version not in eval_versions(run.config):
-        return
+        return {}
     problems = run.task.problems("eval")
     if not problems:  # the task holds none out
-        return
+        return {}
     metas = await together(*(solve(run, i, problem) for i, problem in enumerate(problems)))
     rollouts = [rollout for meta in metas for rollout in meta.rollouts]
     versions = {v for rollout in rollouts for v in rollout.tokens_by_version}
@@ -197,6 +239,7 @@ async def evaluate(run: Run, version: int) -> None:
     if scored:
         values[f"{name}/accuracy"] = float(np.mean(scored))
     run.log.log("eval", version, values)
+    return values
 
 
 async def solve(run: Run, index: int, problem: Problem) -> GroupMeta:
@@ -206,25 +249,18 @@ async def solve(run: Run, index: int, problem: Problem) -> GroupMeta:
     return meta
 
 
-def make_batches(groups: Sequence[Finished], config: RunConfig) -> tuple[list[list[RankBatch]], list[np.ndarray]]:
-    """Advantages, and the work of every rank. Completions that were not scored are in neither."""
-    refs, advantages, lengths = [], [], []
-    for index, group in enumerate(groups):
-        rollouts = group.meta.rollouts
-        valid = np.array([rollout.outcome.scored for rollout in rollouts])
-        rewards = np.array([rollout.reward for rollout in rollouts], np.float32)
-        advantages.append(group_advantages(rewards, valid, config.algo))
-        for number in np.flatnonzero(valid):
-            refs.append(SampleRef(index, int(number), float(advantages[-1][number]), rollouts[number].total_len))
-            lengths.append(rollouts[number].completion_len)
-    weights = token_weights(
-        lengths, [ref.group for ref in refs], aggregation_of(config.algo), config.sampling.max_tokens
-    )
-    refs = [replace(ref, weight=float(weight)) for ref, weight in zip(refs, weights, strict=True)]
-    return [rank_batches(refs, config.trainer.ranks, config.trainer.micro_batch_tokens)], advantages
+async def prepare(run: Run, step: int, groups: Sequence[Finished]) -> StepBatches:
+    """The work of the trainer. A KL in the reward is measured first, on the same completions, by the trainer."""
+    metas, kl = [group.meta for group in groups], run.config.algo.kl
+    batches = make_batches(metas, run.config, step)
+    if not kl.on or kl.place != "reward":
+        return batches
+    measured = await run.trainer.reference_kl(batches.updates, [group.payload for group in groups])
+    run.last_progress = time.monotonic()
+    return make_batches(metas, run.config, step, measured)
 
 
-async def write_rollouts(run: Run, step: int, groups: Sequence[Finished], advantages: Sequence[np.ndarray]) -> None:
+async def write_rollouts(run: Run, step: int, groups: Sequence[Finished], advantages: Sequence[FloatArray]) -> None:
     """Write the first few groups of the step to `rollouts/`; the only token arrays the driver ever sees."""
     chosen = list(zip(groups, advantages, strict=True))[: run.config.metrics.rollout_groups_per_step]
     payloads = await together(*(_value(group.payload) for group, _ in chosen))
@@ -233,6 +269,20 @@ async def write_rollouts(run: Run, step: int, groups: Sequence[Finished], advant
         for (group, weights), payload in zip(chosen, payloads, strict=True)
     ]
     await asyncio.to_thread(run.rollouts.write, step, records)
+
+
+def check_dropped(run: Run, group: GroupMeta, reason: str) -> None:
+    """Give up after too many unusable groups in a row."""
+    run.dropped_in_a_row[reason] += 1
+    if run.dropped_in_a_row.total() >= run.config.batch.max_dropped_groups_in_a_row:
+        reasons = ", ".join(f"{count} {name}" for name, count in run.dropped_in_a_row.items())
+        detail = next((rollout.detail for rollout in group.rollouts if rollout.detail), "no detail")
+        if reason == "zero_variance":
+            detail = "its rewards are all equal; batch.zero_variance=keep trains on such groups"
+        raise BudgetSpent(
+            f"{run.dropped_in_a_row.total()} groups in a row were unusable (batch.max_dropped_groups_in_a_row), by "
+            f"reason: {reasons}; the last one, {group.problem_id}: {detail}"
+        )
 
 
 def check_skipped(run: Run, result: StepResult) -> None:

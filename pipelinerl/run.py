@@ -1,9 +1,16 @@
 """From a config to a finished run: start the processes, train, export, and clean up whatever happens."""
 
+import json
 import logging
+import shutil
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+from pipelinerl.checkpoint.driver_state import DriverState
+from pipelinerl.checkpoint.resume import Checkpoint
+from pipelinerl.checkpoint.saver import Saver
+from pipelinerl.checkpoint.store import FOLDER, CheckpointStore
+from pipelinerl.concurrency import Ending
 from pipelinerl.config.preflight import with_absolute_paths
 from pipelinerl.config.schema import RunConfig
 from pipelinerl.errors import EXIT_DONE
@@ -16,8 +23,9 @@ from pipelinerl.metrics.summary import format_summary, summarize
 from pipelinerl.metrics.wandb_sink import WandbSink
 from pipelinerl.parity.preflight import make_alarm, preflight
 from pipelinerl.rollout.buffer import GroupBuffer
-from pipelinerl.run_dir import new_run_dir
-from pipelinerl.session import open_session, until_done_or_signal
+from pipelinerl.rollout.ledger import Ledger
+from pipelinerl.run_dir import train_run_dir
+from pipelinerl.session import Session, open_session, until_done_or_signal
 from pipelinerl.tasks.base import Task
 from pipelinerl.tasks.registry import build_task
 from pipelinerl.tasks.stream import ProblemStream
@@ -26,24 +34,33 @@ from pipelinerl.tasks.stream import ProblemStream
 def run(config: RunConfig) -> int:
     """Train as `config` says and return the exit code. Raises PipelineRLError when the run cannot go on.
 
-    SIGINT and SIGTERM stop it cleanly, with exit codes 130 and 143; no process is left in any case.
+    SIGINT and SIGTERM stop it cleanly, with exit codes 130 and 143, SIGTERM after a last checkpoint if there is time
+    for it; no process is left in any case.
     """
-    return until_done_or_signal(_session(config))
+    ending = Ending()
+    return until_done_or_signal(_session(config, ending), ending)
 
 
-async def _session(config: RunConfig) -> int:
+async def _session(config: RunConfig, ending: Ending) -> int:
     """One run. What is opened is closed in reverse order, on success, error and signal alike."""
     config = with_absolute_paths(config)  # workers on other nodes have other working directories
     task = build_task(config.task, config.seed)  # first: bad data should not cost the start of a cluster
-    run_dir = new_run_dir(config, "", ("metrics.jsonl",))
+    console = Console(config.metrics, config.steps)
     async with AsyncExitStack() as stack:
-        console = Console(config.metrics, config.steps)
-        wandb = WandbSink(config.metrics.wandb, run_dir, config.dump(), config.name)
+        stack.callback(console.close)
+        run_dir, checkpoint = train_run_dir(config, console.note)
+        if checkpoint is not None and checkpoint.step >= config.steps and (run_dir / "model").exists():
+            console.note(f"all steps={config.steps} are done, and {run_dir / 'model'} is there; to go on, raise steps")
+            return EXIT_DONE
+        state = checkpoint.state if checkpoint else DriverState(0, Ledger().to_dict(), 0.0)
+        wandb = WandbSink(config.metrics.wandb, run_dir, config.dump(), config.name, state.wandb_id)
         log = MetricsLog(run_dir, [console, wandb])
         stack.callback(_conclude, config, run_dir, log, console, wandb)
         _tell_about_data(task, console, log)
         session = await stack.enter_async_context(open_session(config, run_dir, console.status))
         session.write_settings(run_dir)
+        if checkpoint is not None:
+            await _restore(session, checkpoint)
         calibrated = await preflight(
             config,
             task,
@@ -56,25 +73,62 @@ async def _session(config: RunConfig) -> int:
             tell=console.note,
         )
 
-        console.status("evaluating version 0" if config.eval.at_start else "training")
-        await train(
-            Run(
-                config=config,
-                task=task,
-                stream=ProblemStream(task.problems("train"), config.seed),
-                buffer=GroupBuffer(config.batch.groups_per_step, config.async_.lag_bound, config.steps),
-                fleet=session.fleet,
-                trainer=session.trainer,
-                publisher=session.publisher,
-                log=log,
-                rollouts=RolloutWriter(run_dir, config.metrics.rollout_groups_per_step),
-                alarm=make_alarm(config, calibrated),
-                tell=console.note,
-            )
+        ledger = Ledger.resumed(state.ledger)
+        stack.callback(_write_ledger, run_dir, ledger)
+        console.status("evaluating version 0" if config.eval.at_start and not checkpoint else "training")
+        run = Run(
+            config=config,
+            task=task,
+            stream=ProblemStream(task.problems("train"), config.seed),
+            buffer=GroupBuffer(config.batch.groups_per_step, config.async_.lag_bound, config.steps, state.step, ledger),
+            fleet=session.fleet,
+            trainer=session.trainer,
+            publisher=session.publisher,
+            log=log,
+            rollouts=RolloutWriter(run_dir, config.metrics.rollout_groups_per_step),
+            saver=_saver(config, run_dir, session, console, wandb),
+            alarm=make_alarm(config, calibrated),
+            tell=console.note,
+            ending=ending,
         )
+        run.resume(state)
+        ending.patience_s = config.checkpoint.sigterm_s if config.checkpoint.every else 0.0
+        await train(run)
+        ending.patience_s = 0.0
+        if ending.wished:
+            return EXIT_DONE
         console.status("exporting the model")
-        await session.trainer.export(str((run_dir / "model").resolve()))
+        await _export(config, session, run_dir)
     return EXIT_DONE
+
+
+async def _restore(session: Session, checkpoint: Checkpoint) -> None:
+    """Bring the checkpoint into the trainer, and its weights to the engines, which have loaded those of model.path.
+
+    They are version 0 for the preflight; training publishes them again as what they are.
+    """
+    version = await session.trainer.restore(str(checkpoint.path.resolve()))
+    assert version == checkpoint.step, (version, checkpoint.step)
+    await session.publisher.publish(0)
+
+
+def _saver(config: RunConfig, run_dir: Path, session: Session, console: Console, wandb: WandbSink) -> Saver:
+    store = CheckpointStore(run_dir / FOLDER, config.checkpoint.keep_last, config.checkpoint.keep_best)
+    return Saver(config, store, session.trainer, run_dir / "exports", console.note, wandb.run_id)
+
+
+async def _export(config: RunConfig, session: Session, run_dir: Path) -> None:
+    """Write the model, and with LoRA the adapter, in the place of what a shorter run of the same directory left."""
+    adapter = [("adapter", session.trainer.export_adapter)] if config.trainer.lora.rank else []
+    for name, export in [("model", session.trainer.export), *adapter]:
+        target = (run_dir / name).resolve()
+        shutil.rmtree(target, ignore_errors=True)
+        await export(str(target))
+
+
+def _write_ledger(run_dir: Path, ledger: Ledger) -> None:
+    """Say what became of every prompt, at whatever end of the run."""
+    (run_dir / "ledger.json").write_text(json.dumps(ledger.to_dict()) + "\n")
 
 
 def _tell_about_data(task: Task, console: Console, log: MetricsLog) -> None:

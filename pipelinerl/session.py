@@ -17,6 +17,7 @@ from typing import Any
 from pipelinerl.cluster.fleet import Fleet
 from pipelinerl.cluster.ray_cluster import RayCluster
 from pipelinerl.cluster.trainer_group import TrainerGroup
+from pipelinerl.concurrency import Ending
 from pipelinerl.config.device import Device, resolve_backend, resolve_device
 from pipelinerl.config.schema import RunConfig
 from pipelinerl.errors import EXIT_SIGINT, EXIT_SIGTERM, PipelineRLError
@@ -25,28 +26,40 @@ from pipelinerl.weights.publisher import Publisher
 SIGNAL_EXITS = {signal.SIGINT: EXIT_SIGINT, signal.SIGTERM: EXIT_SIGTERM}
 
 
-def until_done_or_signal(work: Coroutine[Any, Any, int]) -> int:
+def until_done_or_signal(work: Coroutine[Any, Any, int], ending: Ending | None = None) -> int:
     """Run `work` in an event loop of its own and return its exit code; SIGINT and SIGTERM cancel it (130, 143).
 
+    With `ending`, SIGTERM wishes for the end and gives the work its patience. A second signal cancels at once.
     Raises what `work` raises.
     """
-    return asyncio.run(_watched(work))
+    return asyncio.run(_watched(work, ending or Ending()))
 
 
-async def _watched(work: Coroutine[Any, Any, int]) -> int:
+async def _watched(work: Coroutine[Any, Any, int], ending: Ending) -> int:
     received: list[signal.Signals] = []
+    cancelled: list[bool] = []
     task = asyncio.create_task(work)
 
     def stop(which: signal.Signals) -> None:
-        if not received:
-            print(f"\n{which.name}: stopping the workers", file=sys.stderr, flush=True)
-            received.append(which)
+        received.append(which)
+        if len(received) == 1 and which is signal.SIGTERM and ending.patience_s:
+            print(f"\n{which.name}: a last checkpoint, within {ending.patience_s:g} s", file=sys.stderr, flush=True)
+            ending.wished = True
+            asyncio.get_running_loop().call_later(ending.patience_s, cancel)
+        else:
+            cancel()
+
+    def cancel() -> None:
+        if not cancelled and not task.done():
+            print(f"\n{received[0].name}: stopping the workers", file=sys.stderr, flush=True)
+            cancelled.append(True)
             task.cancel()
 
     for which in SIGNAL_EXITS:
         asyncio.get_running_loop().add_signal_handler(which, stop, which)
     try:
-        return await task
+        code = await task
+        return SIGNAL_EXITS[received[0]] if ending.wished else code
     except (asyncio.CancelledError, PipelineRLError) as error:
         if not received:
             raise

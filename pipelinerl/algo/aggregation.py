@@ -10,14 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelinerl.config.schema import Aggregation, AlgoConfig
-
-SEQUENCE_LEVEL = {"gspo", "gspo_token"}  # objectives that were published as a mean over sequences
-
-
-def aggregation_of(config: AlgoConfig) -> Aggregation:
-    """The aggregation in force: the configured one, or what the objective was published with."""
-    return config.aggregation or ("seq_mean_token_mean" if config.kind in SEQUENCE_LEVEL else "token_mean")
+from pipelinerl.config.schema import Aggregation
 
 
 def token_weights(
@@ -30,18 +23,21 @@ def token_weights(
         groups: [S] the prompt each sample belongs to, any numbering.
         aggregation: N = all sampled tokens, S = samples, T = tokens of the sample, P = prompts, G = tokens of a group:
             token_mean 1/N, seq_mean_token_mean 1/(S T), seq_mean_token_sum 1/S, constant 1/(S max_tokens)
-            (Dr.GRPO, 2503.20783), prompt_mean 1/(P G) (ScaleRL, 2510.13786).
+            (Dr.GRPO, 2503.20783), prompt_mean 1/(P G) (ScaleRL, 2510.13786). A sample without sampled tokens
+            counts as a sample, and its own weight is finite and of no consequence.
         max_tokens: `sampling.max_tokens`.
     """
     count = np.asarray(lengths, np.float64)
+    samples = len(count)
+    assert samples == len(groups), (samples, len(groups))
     if aggregation == "token_mean":
-        return np.full(len(count), 1 / count.sum())
+        return np.full(samples, 1 / max(count.sum(), 1.0))
     if aggregation == "seq_mean_token_mean":
-        return 1 / (len(count) * count)
+        return 1 / (samples * np.maximum(count, 1.0))
     if aggregation == "seq_mean_token_sum":
-        return np.full(len(count), 1 / len(count))
+        return np.full(samples, 1 / max(samples, 1))
     if aggregation == "constant":
-        return np.full(len(count), 1 / (len(count) * max_tokens))
+        return np.full(samples, 1 / (max(samples, 1) * max_tokens))
     _, index = np.unique(np.asarray(groups), return_inverse=True)
     of_group = np.bincount(index, weights=count)
-    return 1 / (len(of_group) * of_group[index])
+    return 1 / (len(of_group) * np.maximum(of_group[index], 1.0))

@@ -12,7 +12,7 @@ from ray.util.placement_group import placement_group
 
 from pipelinerl.cluster.placement import Bundle, bundles
 from pipelinerl.cluster.remote import RemoteWorker
-from pipelinerl.config.schema import EngineConfig, RunConfig
+from pipelinerl.config.schema import RunConfig
 from pipelinerl.errors import EnvironmentProblem, first_line
 
 PLACEMENT_TIMEOUT_S = 60.0
@@ -91,7 +91,7 @@ class RayCluster:
             bundle=index,
             group=group,
             resources=bundle.resources(),
-            env=_worker_env(self._device, args[0].engine),
+            env=_worker_env(self._device, args[0], is_trainer=not is_async),
             is_async=is_async,
         )
         self._workers.append(worker)
@@ -148,13 +148,16 @@ async def _reserve(wanted: list[Bundle], strategy: str) -> Any:
     return group
 
 
-def _worker_env(device: str, engine: EngineConfig) -> dict[str, str]:
-    """Environment of every worker process; it must be set before torch, DeepSpeed or vLLM is imported."""
+def _worker_env(device: str, config: RunConfig, is_trainer: bool) -> dict[str, str]:
+    """Environment of a worker process; it must be set before torch, DeepSpeed or vLLM is imported."""
+    engine = config.engine
     env = {"TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
     if device == "cpu":
         # Two processes share the cores: more threads would spin against each other. Without dynamo the engine is up
         # in half the time; the one helper it would compile costs seconds.
-        env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+        env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        if not (is_trainer and config.trainer.compile):
+            env["TORCHDYNAMO_DISABLE"] = "1"
         if engine.tensor_parallel == 1:
             env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the worker runs inside the engine core's process
         else:

@@ -53,7 +53,7 @@ def _train(overrides: list[str], dry_run: bool) -> int:
 
 
 def _help() -> str:
-    groups = "\n".join(f"  {group:<12} {', '.join(options)}" for group, options in group_options().items())
+    groups = "\n".join(f"  {group:<16} {', '.join(options)}" for group, options in group_options().items())
     knobs = "\n".join(f"  {knob:<40} {about}" for knob, about in _knobs())
     return f"""\
 usage: pipelinerl train [--dry-run] [key=value ...]
@@ -74,6 +74,7 @@ the first ten settings, as the quickstart has them:
 examples:
   pipelinerl train
   pipelinerl train algo=reinforce_is trainer.lr=3e-5 async.max_lag=4
+  pipelinerl train algo=ppo_clip algo/correction=icepop algo.advantage=grpo
   pipelinerl train async.mode=sync run_dir=outputs/on_policy
   pipelinerl train task=jsonl task.path=rows.jsonl model.path=Qwen/Qwen2.5-0.5B-Instruct --dry-run"""
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -109,8 +109,8 @@ def _allowed(key: str) -> list[Any]:
     field = known_keys().get(key)
     if field is None:
         return []
-    parts: Iterable[Any] = [field.annotation, *getattr(field.annotation, "__args__", ())]
-    return [value for part in parts for value in getattr(part, "__args__", ()) if not isinstance(value, type)]
+    parts: Iterable[Any] = [field.annotation, *get_args(field.annotation)]
+    return [value for part in parts if get_origin(part) is Literal for value in get_args(part)]
 
 
 def _one_of(allowed: list[Any], value: object) -> str:

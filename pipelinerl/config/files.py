@@ -20,6 +20,7 @@ def conf_dir() -> Path:
 
 
 def group_options() -> dict[str, list[str]]:
-    """The config groups and the options of each: `{"task": ["jsonl", "sort", ...], ...}`, both sorted."""
-    groups = sorted(entry for entry in conf_dir().iterdir() if entry.is_dir())
-    return {group.name: sorted(file.stem for file in group.glob("*.yaml")) for group in groups}
+    """The config groups and their options, both sorted: `{"algo": ["cispo", ...], "algo/correction": [...], ...}`."""
+    root = conf_dir()
+    groups = sorted(folder.relative_to(root).as_posix() for folder in root.rglob("*") if folder.is_dir())
+    return {group: sorted(file.stem for file in (root / group).glob("*.yaml")) for group in groups}

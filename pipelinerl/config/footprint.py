@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelinerl.config.schema import Dtype, RunConfig
+from pipelinerl.config.schema import Dtype, LoraConfig, RunConfig, TrainerConfig
 from pipelinerl.errors import EnvironmentProblem
 
 BYTES = {"bfloat16": 2, "float32": 4}
@@ -43,25 +43,42 @@ def footprint(config: RunConfig) -> Footprint | None:
     files = sorted(directory.glob("model*.safetensors"))
     if not files or not (directory / "config.json").is_file():
         return None
-    parameters = sum(_parameters(file) for file in files)
-    weights, gradients, optimizer = _trainer_bytes(config.model.dtype, config.trainer.zero_stage, config.trainer.ranks)
+    shapes = {name: shape for file in files for name, shape in _shapes(file).items()}
+    parameters = sum(map(math.prod, shapes.values()))
+    adapters = _adapters(shapes, config.trainer.lora)
+    trained = adapters or parameters
+    weights, gradients, optimizer = _trainer_bytes(config.model.dtype, config.trainer)
     return Footprint(
         parameters=parameters,
         engine_weights=parameters * BYTES[config.model.dtype],
         kv_per_token=_kv_per_token(_json(directory / "config.json"), config.model.dtype),
-        trainer_weights=round(parameters * weights),
-        trainer_gradients=round(parameters * gradients),
-        trainer_optimizer=round(parameters * optimizer),
+        trainer_weights=round((parameters + adapters) * weights),
+        trainer_gradients=round(trained * gradients),
+        trainer_optimizer=round(trained * optimizer),
     )
 
 
-def _trainer_bytes(dtype: Dtype, stage: int, ranks: int) -> tuple[float, float, float]:
+def _adapters(shapes: dict[str, list[int]], config: LoraConfig) -> int:
+    """Values in the low-rank adapters: matrices of rank x inputs and outputs x rank beside every adapted weight."""
+    names = () if "all-linear" in config.targets else tuple(f"{target}.weight" for target in config.targets)
+    adapted = [
+        shape
+        for name, shape in shapes.items()
+        if len(shape) == 2 and (name.endswith(names) if names else not ("embed" in name or "head" in name))
+    ]
+    return config.rank * sum(map(sum, adapted))
+
+
+def _trainer_bytes(dtype: Dtype, config: TrainerConfig) -> tuple[float, float, float]:
     """Bytes per parameter of weights, gradients and optimizer on one rank (ZeRO, 1910.02054).
 
-    Gradients are accumulated in fp32. The optimizer holds an fp32 copy of the weights and Adam's two moments,
-    divided by the ranks; from stage 2 on the gradients are divided too.
+    Gradients are accumulated in fp32. The optimizer holds an fp32 copy of the weights and Adam's two moments. The ranks
+    divide the optimizer from stage 1 on, the gradients from 2 on, the weights from 3 on.
     """
-    return float(BYTES[dtype]), 4.0 / (ranks if stage >= 2 else 1), 12.0 / ranks
+    stage, ranks = config.zero_stage, config.ranks
+    weights, gradients, optimizer = float(BYTES[dtype]), 4.0, 12.0
+    shares = [ranks if stage >= first else 1 for first in (3, 2, 1)]
+    return weights / shares[0], gradients / shares[1], optimizer / shares[2]
 
 
 def _kv_per_token(model: dict[str, Any], dtype: Dtype) -> int | None:
@@ -75,15 +92,15 @@ def _kv_per_token(model: dict[str, Any], dtype: Dtype) -> int | None:
     return int(2 * layers * model.get("num_key_value_heads", heads) * head_dim * BYTES[dtype])
 
 
-def _parameters(file: Path) -> int:
-    """Values in a safetensors file: 8 bytes give the length of a JSON header with every tensor's shape."""
+def _shapes(file: Path) -> dict[str, list[int]]:
+    """The tensors of a safetensors file: 8 bytes give the length of a JSON header with their shapes."""
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > file.stat().st_size:
                 raise ValueError("its header is cut off")
             header = json.loads(stream.read(length))
-        return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+        return {name: list(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
     except (OSError, struct.error, ValueError, KeyError, TypeError) as error:
         raise EnvironmentProblem(f"{file}: not a readable safetensors file ({error})") from error
 

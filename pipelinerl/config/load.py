@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -31,14 +32,14 @@ def load_config(overrides: Sequence[str] = ()) -> RunConfig:
     right; EnvironmentProblem when `conf/` is not there.
     """
     groups = group_options()
-    data = _compose(prepare(overrides, groups), list(groups))
+    data = _compose(prepare(overrides, groups), tuple(groups))
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
         raise ConfigError(explain(error, data)) from error
 
 
-def _compose(overrides: list[str], groups: Sequence[str]) -> dict[str, Any]:
+def _compose(overrides: list[str], groups: tuple[str, ...]) -> dict[str, Any]:
     _store_defaults(groups)
     with _hydra_errors_explained(), initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
         config = compose("config", overrides=overrides)
@@ -70,7 +71,8 @@ def _without_missing(node: Any) -> Any:
     return node
 
 
-def _store_defaults(groups: Sequence[str]) -> None:
+@cache  # the store is one for the process
+def _store_defaults(groups: tuple[str, ...]) -> None:
     """Put the schema's defaults where the files in `conf/` can start from them.
 
     `run_defaults` holds everything that is no group; `<group>_defaults` a group's section; for a section that

@@ -55,6 +55,11 @@ def _prepare_one(override: Override, text: str, groups: Mapping[str, Sequence[st
     if key == "hydra" or key.startswith(("hydra.", "hydra/")):
         raise ConfigError(f"{key} = {value_text!r}: Hydra's own settings have no effect; use run_dir=DIR for outputs")
     value = override.value()
+    if "/" in key and key not in groups:
+        raise ConfigError(f"{key} = {value_text!r}: no such group{did_you_mean(key, groups)} ({', '.join(groups)})")
+    group = key.replace(".", "/")
+    if group != key and group in groups and isinstance(value, str):
+        raise ConfigError(f"{key} = {value_text!r}: is a section; its presets are the group {group}={value_text}")
     section, _, below = key.partition(".")
     if section in groups and (below == "kind" or (isinstance(value, dict) and "kind" in value)):
         options = ", ".join(groups[section])

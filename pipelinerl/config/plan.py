@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipelinerl.config.device import Device, gpu_count, gpus_needed, resolve_backend, resolve_device
 from pipelinerl.config.footprint import Footprint, footprint
-from pipelinerl.config.schema import JsonlTask, RunConfig
+from pipelinerl.config.schema import Coefficient, JsonlTask, RunConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,8 @@ Rows = list[tuple[str, str]]
 
 def _tables(plan: Plan) -> Iterator[tuple[str, Rows]]:
     yield "run", _run_rows(plan)
-    yield "each optimizer step", _step_rows(plan)
+    yield "each step", _step_rows(plan)
+    yield "objective", _objective_rows(plan.config)
     yield "asynchrony", _lag_rows(plan)
     yield "who sits where", _device_rows(plan)
     yield "memory (without activations)", _memory_rows(plan)
@@ -134,8 +135,7 @@ def _run_rows(plan: Plan) -> Rows:
         ("run directory", config.run_dir or f"outputs/{config.name}-<time>"),
         ("model", f"{config.model.path} in {config.model.dtype}"),
         ("task", task),
-        ("objective", f"{config.algo.kind}, {config.algo.advantage} baseline"),
-        ("optimizer steps", f"{config.steps:,} at lr {config.trainer.lr:g}"),
+        ("steps", f"{config.steps:,} at lr {config.trainer.lr:g}"),
         ("evaluations", f"{len(versions)} (at version {shown})" if versions else "none"),
     ]
 
@@ -148,6 +148,50 @@ def _step_rows(plan: Plan) -> Rows:
         ("tokens with prompts", f"at most {plan.tokens_per_step:,} = samples x {plan.config.engine.max_model_len:,}"),
         ("weight update", f"every {plan.config.weights.every} step(s) by {plan.backend}"),
     ]
+
+
+def _objective_rows(config: RunConfig) -> Rows:
+    algo, batch = config.algo, config.batch
+    proximal = getattr(algo, "proximal", "rollout")
+    on = {name: value for name, value in algo.correction.model_dump(mode="json").items() if value is not None}
+    shaping = [name for name in ("weights", "overlong_buffer", "length_penalty") if getattr(config.reward, name)]
+    rows = [
+        ("loss", f"{algo.kind}, aggregated by {algo.mean_over}"),
+        ("advantage", f"{algo.advantage} of the task's reward{' with ' if shaping else ''}{', '.join(shaping)}"),
+        ("proximal policy", PROXIMAL[proximal]),
+        ("corrections", ", ".join(f"{name} {value}" for name, value in on.items()) or "none"),
+        ("KL", _kl(config)),
+        ("entropy bonus", _coefficient(algo.entropy)),
+        ("optimizer updates", f"{batch.updates} per step, of {batch.groups_per_step // batch.updates} groups each"),
+    ]
+    if batch.zero_variance == "refill":
+        rows.append(("equal rewards", "such groups are refilled"))
+    if algo.mask_truncated:
+        rows.append(("truncated", "in the baseline, not in the loss"))
+    return rows
+
+
+PROXIMAL = {
+    "rollout": "the engine's logprobs (no extra forward pass)",
+    "recompute": "recomputed at the start of the step (one more forward pass)",
+    "interpolate": "interpolated by lag (no extra forward pass)",
+}
+
+
+def _kl(config: RunConfig) -> str:
+    kl = config.algo.kl
+    if not kl.on:
+        return "none"
+    where = f", {'in host memory' if kl.offload else 'beside the policy'}"
+    return f"{kl.estimator} in the {kl.place}, coef {_coefficient(kl)}; to {kl.reference or config.model.path}{where}"
+
+
+def _coefficient(term: Coefficient) -> str:
+    if not term.on:
+        return "none"
+    if term.final_coef is None:
+        return f"{term.coef:g}"
+    return f"{term.coef:g} to {term.final_coef:g} over {term.anneal_steps or 'all'} steps"
 
 
 def _lag_rows(plan: Plan) -> Rows:

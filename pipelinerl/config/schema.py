@@ -112,6 +112,11 @@ class SamplingConfig(Section):
 
     temperature: Annotated[float, Field(ge=0.01, le=2.0)] = Field(1.0, description="of training completions")
     max_tokens: PositiveInt = Field(1024, description="per completion")
+    seeded: bool | None = Field(
+        None,
+        description="a seed per completion, from seed and prompt; null = on a CPU, where samples then repeat exactly; on "
+        "a GPU it costs a kernel launch per sequence and token",
+    )
     top_p: float = 1.0
     top_k: int = -1
     min_p: float = 0.0
@@ -253,6 +258,11 @@ class _AlgoCommon(Section):
     kl: KLConfig = KLConfig()
     entropy: EntropyConfig = EntropyConfig()
 
+    @property
+    def mean_over(self) -> Aggregation:
+        """The aggregation in force: the configured one, or what the objective was published with."""
+        return self.aggregation or "token_mean"
+
 
 class _OwnRatio(_AlgoCommon):
     """Objectives whose ratio is to the engine's logprobs by definition: it is their importance weight."""
@@ -342,6 +352,10 @@ class GSPO(_ProximalRatio):
     clip_low: ClipLow = 3e-4
     clip_high: PositiveFloat = 4e-4
 
+    @property
+    def mean_over(self) -> Aggregation:
+        return self.aggregation or "seq_mean_token_mean"
+
 
 class GSPOToken(_ProximalRatio):
     """GSPO with the sequence ratio as a constant and a gradient for each token of its own (2507.18071)."""
@@ -349,6 +363,10 @@ class GSPOToken(_ProximalRatio):
     kind: Literal["gspo_token"] = "gspo_token"
     clip_low: ClipLow = 3e-4
     clip_high: PositiveFloat = 4e-4
+
+    @property
+    def mean_over(self) -> Aggregation:
+        return self.aggregation or "seq_mean_token_mean"
 
 
 class SAPO(_ProximalRatio):
@@ -375,7 +393,7 @@ class CISPO(_OwnRatio):
 
 
 class TOPR(_OwnRatio):
-    """Weight 1 where the advantage is positive, the ratio clipped to [0, max_ratio] where negative (2503.14286)."""
+    """Weight 1 where the advantage is positive, the completion's ratio up to max_ratio where negative (2503.14286)."""
 
     kind: Literal["topr"] = "topr"
     max_ratio: PositiveFloat = 1.0
@@ -571,6 +589,9 @@ class CheckpointConfig(Section):
     """What a run can be resumed from: `<run_dir>/checkpoints/step_N`."""
 
     every: NonNegativeInt = Field(50, description="optimizer steps between checkpoints; 0 = none")
+    sigterm_s: NonNegativeFloat = Field(
+        20.0, description="seconds that SIGTERM leaves for the step in hand and a last checkpoint (exit 143); 0 = none"
+    )
     keep_last: PositiveInt = Field(2, description="checkpoints that are kept")
     keep_best: bool = Field(False, description="keep the one with the best metric too")
     best_metric: str = Field("reward/mean", min_length=1, description="of the checkpoint's step, higher is better")
@@ -677,6 +698,18 @@ def _contradictions(config: RunConfig) -> "list[str]":
         for name in ("attention_backend", "v2_model_runner"):
             if getattr(config.engine, name) is not None:
                 found.append(f"engine.{name}={getattr(config.engine, name)} needs a GPU, cluster.device=cpu has none")
+    if config.trainer.attention == "varlen":
+        for key, value, needed in (
+            ("cluster.device", config.cluster.device, "cuda"),
+            ("model.dtype", config.model.dtype, "bfloat16"),
+        ):
+            if value not in (needed, "auto"):
+                found.append(f"trainer.attention=varlen needs {key}={needed}, not {value}; use trainer.attention=sdpa")
+    if config.trainer.compile and config.trainer.zero_stage == 3:
+        found.append(
+            "trainer.compile=true with trainer.zero_stage=3: weights are gathered by hooks inside the layers, which "
+            "cannot be compiled; use zero_stage=2 or compile=false"
+        )
     if config.cluster.device == "cpu" and config.engine.kv_cache_mb is None:
         found.append(
             "engine.kv_cache_mb=null with cluster.device=cpu: the CPU engine needs a fixed size; use engine=cpu, "
@@ -689,11 +722,9 @@ def _contradictions(config: RunConfig) -> "list[str]":
                     f"cluster.{name}={getattr(config.cluster, name)} is for a local cluster, and "
                     f"cluster.address={config.cluster.address} joins one; use cluster=ray or cluster.{name}=null"
                 )
-    if config.batch.groups_per_step * config.batch.group_size < config.trainer.ranks:
-        found.append(
-            f"batch.groups_per_step * batch.group_size = {config.batch.groups_per_step * config.batch.group_size} "
-            f"samples cannot feed trainer.ranks={config.trainer.ranks}"
-        )
+    found += _share_contradictions(config)
+    found += _reward_contradictions(config)
+    found += _offload_contradictions(config)
     for key, limit in (
         ("trainer.step_timeout_s", config.trainer.step_timeout_s),
         ("weights.timeout_s", config.weights.timeout_s),
@@ -703,4 +734,72 @@ def _contradictions(config: RunConfig) -> "list[str]":
                 f"{key}={limit:g} is not below cluster.stall_timeout_s={config.cluster.stall_timeout_s:g}, "
                 "which would end the run first; raise stall_timeout_s"
             )
+    return found
+
+
+def _share_contradictions(config: RunConfig) -> "list[str]":
+    """Ranks that could not be given their share of every update."""
+    trainer, batch, found = config.trainer, config.batch, []
+    if trainer.ranks % trainer.sequence_parallel:
+        found.append(
+            f"trainer.sequence_parallel={trainer.sequence_parallel} does not divide trainer.ranks={trainer.ranks}"
+        )
+    samples = batch.groups_per_step // batch.updates * batch.group_size
+    if samples < trainer.ranks // trainer.sequence_parallel:
+        of_updates = f" / batch.updates={batch.updates}" if batch.updates > 1 else ""
+        found.append(
+            f"batch.groups_per_step * batch.group_size{of_updates} = {samples} samples cannot feed "
+            f"trainer.ranks={trainer.ranks}"
+        )
+    return found
+
+
+def _reward_contradictions(config: RunConfig) -> "list[str]":
+    """Shaping and KL that would do nothing, or that the advantage cannot take."""
+    reward, kl, advantage, found = config.reward, config.algo.kl, config.algo.advantage, []
+    if reward.overlong_buffer is not None and reward.overlong_buffer >= config.sampling.max_tokens:
+        found.append(
+            f"reward.overlong_buffer={reward.overlong_buffer} is not below sampling.max_tokens="
+            f"{config.sampling.max_tokens}: completions of every length would be penalised"
+        )
+    if reward.overlong_buffer is None and reward.overlong_penalty != RewardConfig().overlong_penalty:
+        found.append(
+            f"reward.overlong_penalty={reward.overlong_penalty:g} does nothing with reward.overlong_buffer=null; "
+            "set the buffer"
+        )
+    for name in ("reference", "offload"):
+        if getattr(kl, name) and not kl.on:
+            found.append(f"algo.kl.{name} does nothing with algo.kl.coef=0; set the coefficient")
+    taken_off = {
+        f"reward.overlong_buffer={reward.overlong_buffer}": reward.overlong_buffer is not None,
+        f"reward.length_penalty={reward.length_penalty:g}": reward.length_penalty > 0,
+        "algo.kl.place=reward": kl.on and kl.place == "reward",
+    }
+    why = {
+        "maxrl": "makes rewards negative, and it needs rewards of 0 or more",
+        "gdpo": "is no reward component of the task, and it reads nothing else",
+    }
+    if advantage in why:
+        found += [f"{key} with algo.advantage={advantage} {why[advantage]}" for key, on in taken_off.items() if on]
+    return found
+
+
+def _offload_contradictions(config: RunConfig) -> "list[str]":
+    """What DeepSpeed cannot keep in host memory, or not rightly."""
+    trainer, found = config.trainer, []
+    if trainer.offload_parameters and trainer.zero_stage != 3:
+        found.append(
+            f"trainer.offload_parameters=true with trainer.zero_stage={trainer.zero_stage}: only sharded weights can be "
+            "kept in host memory; use zero_stage=3"
+        )
+    if trainer.offload_optimizer and trainer.zero_stage == 0:
+        found.append(
+            "trainer.offload_optimizer=true with trainer.zero_stage=0: only a sharded optimizer state can be kept in "
+            "host memory; use zero_stage=3, or 1 or 2 in float32"
+        )
+    elif trainer.offload_optimizer and trainer.zero_stage != 3 and config.model.dtype == "bfloat16":
+        found.append(
+            f"trainer.offload_optimizer=true with trainer.zero_stage={trainer.zero_stage} and model.dtype=bfloat16: "
+            "DeepSpeed then adds up gradients in bfloat16 and skips every step after a non-finite one; use zero_stage=3"
+        )
     return found

@@ -132,18 +132,25 @@ class VllmEngine:
         check_settings(config, settings)
         engine = cls(AsyncLLM.from_vllm_config(vllm_config), settings, config.engine, config.parity.canary, index)
         await engine._llm.update_weight_version("0")
+        await engine._llm.collective_rpc("discarded_tokens_draw_nothing")
         return engine
 
     async def generate(
-        self, prompt: Sequence[int], temperature: float, max_tokens: int, with_argmax: bool = False
+        self,
+        prompt: Sequence[int],
+        temperature: float,
+        max_tokens: int,
+        with_argmax: bool = False,
+        seed: int | None = None,
     ) -> Completion:
-        """Sample one completion. `text` is left empty: the caller has the tokenizer.
+        """Sample one completion, with a generator of its own if there is a `seed`. `text` is left empty: the caller
+        has the tokenizer.
 
         Raises WorkerDied when the engine is gone.
         """
-        # No per-request seed: vLLM's CPU sampler dies on one when a pause discards a token. And only temperature:
-        # the trainer reproduces no other transformation of the distribution.
+        # Only temperature: the trainer reproduces no other transformation of the distribution.
         params = SamplingParams(
+            seed=seed,
             temperature=temperature,
             max_tokens=min(max_tokens, self._config.max_model_len - len(prompt)),
             logprobs=1 if with_argmax else 0,  # of the sampled token, and of the most likely one

@@ -4,13 +4,16 @@ A plain class: the cluster layer makes it an async Ray actor, so that many group
 Generation is a local call; only finished groups leave the process.
 """
 
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
 
 from pipelinerl.config.schema import RunConfig
 from pipelinerl.engine.vllm_engine import VllmEngine
+from pipelinerl.rollout.episode import GenerateFn
 from pipelinerl.rollout.group import run_group
+from pipelinerl.rollout.seeds import Purpose, completion_seed
 from pipelinerl.rollout.tokens import ChatRenderer
 from pipelinerl.tasks.grading import GraderPool
 from pipelinerl.tasks.registry import build_task
@@ -46,20 +49,20 @@ class RolloutWorker:
         """A group of training completions: what the driver looks at, and the payload for the trainer."""
         sampling = self._config.sampling
         return await self._group(
-            group_id, problem, self._config.batch.group_size, sampling.temperature, sampling.max_tokens
+            "train", group_id, problem, self._config.batch.group_size, sampling.temperature, sampling.max_tokens
         )
 
     async def evaluate(self, group_id: int, problem: Problem) -> tuple[GroupMeta, RolloutGroup]:
         """The completions of one evaluation problem."""
         config = self._config
         return await self._group(
-            group_id, problem, config.eval.samples, config.eval.temperature, config.sampling.max_tokens
+            "eval", group_id, problem, config.eval.samples, config.eval.temperature, config.sampling.max_tokens
         )
 
     async def probe(self, group_id: int, problem: Problem, max_tokens: int) -> tuple[GroupMeta, RolloutGroup]:
         """Like `rollout`, with completions of at most `max_tokens` and the engine's most likely tokens."""
         size, temperature = self._config.batch.group_size, self._config.sampling.temperature
-        return await self._group(group_id, problem, size, temperature, max_tokens, with_argmax=True)
+        return await self._group("probe", group_id, problem, size, temperature, max_tokens, with_argmax=True)
 
     async def connect(self, init_info: dict[str, Any]) -> None:
         """Join the weight transport."""
@@ -91,6 +94,7 @@ class RolloutWorker:
 
     async def _group(
         self,
+        purpose: Purpose,
         group_id: int,
         problem: Problem,
         size: int,
@@ -99,16 +103,26 @@ class RolloutWorker:
         with_argmax: bool = False,
     ) -> tuple[GroupMeta, RolloutGroup]:
         start = time.perf_counter()
+        seeded = self._config.sampling.seeded
+        seeded = self._backend == "gloo" if seeded is None else seeded  # the transport of CPUs
 
-        async def generate(tokens: list[int]) -> Completion:
-            return await self._engine.generate(tokens, temperature, max_tokens, with_argmax)
+        def generate_for(rollout: int) -> GenerateFn:
+            turns = itertools.count()
+
+            async def generate(tokens: list[int]) -> Completion:
+                seed = completion_seed(self._config.seed, purpose, group_id, rollout, next(turns))
+                return await self._engine.generate(
+                    tokens, temperature, max_tokens, with_argmax, seed if seeded else None
+                )
+
+            return generate
 
         group = await run_group(
             group_id,
             problem,
             size,
             self._make_env(),
-            generate,
+            generate_for,
             self._renderer,
             self._config.engine.max_model_len,
         )

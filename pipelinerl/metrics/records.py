@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from pipelinerl.errors import ConfigError
-from pipelinerl.types import GroupMeta, Outcome, RolloutMeta
+from pipelinerl.types import FloatArray, GroupMeta, Outcome, RolloutMeta
 
-REWARD_STATISTICS = ("mean", "std", "max", "min")
+REWARD_STATISTICS = ("mean", "std", "max", "min", "shaped_mean", "shaped_std", "kl_mean")
 SAME_REWARD = 1e-6  # rewards closer than this are equal: their advantages carry no signal
 
 
@@ -27,7 +27,8 @@ def group_metrics(
         groups: the groups of one optimizer step.
         version: optimizer version that trains on them, so a token sampled by it has lag 0.
         dropped: groups thrown away since the last step, by reason. "stale" is reported as `staleness/dropped`,
-            any other reason as `groups/<reason>` ("errored" adds to the groups of the step that hold an error).
+            any other reason as `groups/<reason>` ("errored" adds to the groups of the step that hold an error;
+            "zero_variance" is always there).
 
     Returns:
         Metric name -> value. A statistic of nothing (no scored rollout) is nan; every name is always present,
@@ -47,6 +48,34 @@ def group_metrics(
         **_completion(scored),
         **_outcomes(rollouts),
     }
+
+
+def trained_metrics(
+    groups: Sequence[GroupMeta],
+    rewards: Sequence[FloatArray],
+    advantages: Sequence[FloatArray],
+    kl_taken_off: Sequence[float] = (),
+) -> dict[str, float]:
+    """What the scored rollouts of a step are trained on, where it is not what the task returned.
+
+    Args:
+        groups: of the step.
+        rewards, advantages: [group] of [G].
+        kl_taken_off: coefficient times KL of each scored rollout, with a KL in the reward.
+
+    Returns:
+        `adv/abs_mean` always; `reward/shaped_mean` and `reward/shaped_std` where shaping changed a reward;
+        `reward/kl_mean` with a KL in the reward. Means over scored rollouts.
+    """
+    scored = [(g, r) for g, group in enumerate(groups) for r, meta in enumerate(group.rollouts) if meta.outcome.scored]
+    shaped = np.array([rewards[g][r] for g, r in scored], np.float64)
+    asked = np.array([groups[g].rollouts[r].reward for g, r in scored], np.float64)
+    metrics = {"adv/abs_mean": _mean([abs(float(advantages[g][r])) for g, r in scored])}
+    if not np.array_equal(shaped, asked.astype(np.float32), equal_nan=True):
+        metrics |= {"reward/shaped_mean": _mean(shaped), "reward/shaped_std": float(shaped.std())}
+    if len(kl_taken_off):
+        metrics["reward/kl_mean"] = _mean(kl_taken_off)
+    return metrics
 
 
 def tokens_by_lag(rollouts: Iterable[RolloutMeta], version: int) -> dict[int, int]:
@@ -112,7 +141,7 @@ def _groups(groups: Sequence[GroupMeta], dropped: Mapping[str, int]) -> dict[str
     return counted | {
         "groups/zero_var_frac": _mean(flat),
         "groups/errored": float(errored + dropped.get("errored", 0)),
-        "groups/filtered": float(dropped.get("filtered", 0)),
+        "groups/zero_variance": float(dropped.get("zero_variance", 0)),
     }
 
 

@@ -10,6 +10,7 @@ import os
 import queue
 import re
 import threading
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +37,7 @@ class WandbSink:
         run_dir: files land in `run_dir/wandb`.
         run_config: the resolved configuration; texts under keys that look like secrets are redacted.
         name: of the run in W&B.
+        run_id: of the W&B run that a resumed run goes on with; "" begins a new one. `run_id` says which it is.
         init_timeout_s: an online start that takes longer falls back to offline, with a warning.
         close_timeout_s: how long `close` waits for wandb to finish before it ends wandb-core.
     """
@@ -46,12 +48,15 @@ class WandbSink:
         run_dir: Path,
         run_config: Mapping[str, Any],
         name: str,
+        run_id: str = "",
         init_timeout_s: float = 20.0,
         close_timeout_s: float = 30.0,
     ) -> None:
         self._init_timeout_s = init_timeout_s
         self._close_timeout_s = close_timeout_s
+        self.run_id = run_id or uuid.uuid4().hex[:8]
         self._arguments = {
+            "id": self.run_id,
             "project": config.project,
             "entity": config.entity,
             "name": name,
@@ -137,7 +142,8 @@ class WandbSink:
             finish_timeout=self._close_timeout_s,
             x_service_wait=self._init_timeout_s,
         )
-        run = wandb.init(mode=mode, settings=settings, **self._arguments)
+        resume: Literal["allow"] | None = "allow" if mode == "online" else None  # offline there is nothing to ask
+        run = wandb.init(mode=mode, settings=settings, resume=resume, **self._arguments)
         self.sync_hint = (run.url or "") if mode == "online" else f"wandb sync {Path(run.dir).parent}"
         return run
 

@@ -5,14 +5,24 @@ optimizer steps have moved the policy on: what has grown since lag 0 is stalenes
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from pipelinerl.config.schema import AlgoConfig, ReinforceIS, RunConfig
+from pipelinerl.config.schema import AlgoConfig, RunConfig
 from pipelinerl.parity.findings import Finding, Gain, percent
 from pipelinerl.parity.limits import Limits
 from pipelinerl.parity.results import Evidence, LagEvidence
 from pipelinerl.parity.statistics import Statistics, statistics
 
+# What each setting that bounds an objective is when its distance from a ratio of 1 (or from no move) is `factor` times.
+BOUNDS: Mapping[str, Callable[[float, float], float]] = {
+    "clip_low": lambda value, factor: value * factor,
+    "clip_high": lambda value, factor: value * factor,
+    "min_ratio": lambda value, factor: max(0.0, 1 - (1 - value) * factor),
+    "max_ratio": lambda value, factor: 1 + max(value - 1, 1e-4) * factor,
+    "bound": lambda value, factor: 1 + (value - 1) * factor,
+    "max_rise": lambda value, factor: min(1.0, value * factor),
+    "max_fall": lambda value, factor: min(1.0, value * factor),
+}
 WIDER = tuple(1.5**power for power in range(1, 24))  # times the configured bounds: up to 11,000
 
 
@@ -57,13 +67,14 @@ def staleness(lags: Sequence[LagEvidence], whole: Statistics, config: RunConfig,
 def _wider(algo: AlgoConfig) -> Iterator[tuple[AlgoConfig, str]]:
     """The same objective with wider and wider bounds, and the overrides that say so."""
     for factor in WIDER:
-        if isinstance(algo, ReinforceIS):
-            changes = {"max_ratio": 1 + max(algo.max_ratio - 1, 1e-4) * factor}
-        else:
-            changes = {"clip_low": algo.clip_low * factor, "clip_high": algo.clip_high * factor}
-        if changes.get("clip_low", 0.0) < 1:
-            rounded = {name: float(f"{value:.3g}") for name, value in changes.items()}
-            yield algo.model_copy(update=rounded), " ".join(f"algo.{name}={value:g}" for name, value in rounded.items())
+        wider = {
+            name: float(f"{widen(getattr(algo, name), factor):.3g}")
+            for name, widen in BOUNDS.items()
+            if hasattr(algo, name)
+        }
+        changes = {name: value for name, value in wider.items() if value != getattr(algo, name)}
+        if changes and changes.get("clip_low", 0.0) < 1:
+            yield algo.model_copy(update=changes), " ".join(f"algo.{name}={value:g}" for name, value in changes.items())
 
 
 def _works(lag: LagEvidence, limits: Limits) -> bool:

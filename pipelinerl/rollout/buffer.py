@@ -7,7 +7,8 @@ floor(p / B) <= max_lag + version, so no token is ever older than `max_lag` opti
 dropped to keep it so. A group that turns out to be unusable gives its place to the next one, which only moves the
 later ones forward.
 
-Because of that order, which problems a step trains on does not depend on timing.
+Because of that order, which problems a step trains on does not depend on timing. After a resume the tickets that the
+checkpoint found open come first, in their old order.
 
     admit     waits for    a place to become free         unblocked by   published, drop
     take      waits for    the first B groups in order    unblocked by   put, drop
@@ -17,22 +18,31 @@ import asyncio
 from collections import Counter
 from typing import Generic, TypeVar
 
+from pipelinerl.rollout.ledger import Ledger
+
 Group = TypeVar("Group")
 
 
 class GroupBuffer(Generic[Group]):
-    """Groups between admission and training. For one event loop."""
+    """Groups between admission and training, from `version` on. For one event loop.
 
-    def __init__(self, groups_per_step: int, max_lag: int, steps: int):
+    `ledger` is told what becomes of every ticket; that of a resumed run says which ones to admit first.
+    """
+
+    def __init__(self, groups_per_step: int, max_lag: int, steps: int, version: int = 0, ledger: Ledger | None = None):
         self._groups_per_step = groups_per_step
         self._max_lag = max_lag
         self._steps = steps
-        self._version = 0
-        self._taken = 0  # groups handed to the trainer
-        self._next_ticket = 0
+        self._version = version
+        self._taken = version * groups_per_step  # places handed to the trainer
         self._groups: dict[int, Group | None] = {}  # ticket -> group, None while it runs; in order of admission
         self._changed = asyncio.Condition()
-        self.dropped: Counter[str] = Counter()
+        self.ledger = ledger or Ledger()
+
+    @property
+    def dropped(self) -> Counter[str]:
+        """Groups that were dropped in the whole run, by reason."""
+        return self.ledger.dropped
 
     @property
     def running(self) -> int:
@@ -48,8 +58,7 @@ class GroupBuffer(Generic[Group]):
         """Wait for a place and return its ticket. Never returns once the run has all the groups it needs."""
         async with self._changed:
             await self._changed.wait_for(self._has_room)
-            ticket = self._next_ticket
-            self._next_ticket += 1
+            ticket = self.ledger.draw()
             self._groups[ticket] = None
             return ticket
 
@@ -58,6 +67,7 @@ class GroupBuffer(Generic[Group]):
         async with self._changed:
             assert self._groups[ticket] is None, f"ticket {ticket} was put twice"
             self._groups[ticket] = group
+            self.ledger.generated(ticket)
             self._changed.notify_all()
 
     async def drop(self, ticket: int, reason: str) -> None:
@@ -65,7 +75,7 @@ class GroupBuffer(Generic[Group]):
         async with self._changed:
             assert self._groups[ticket] is None, f"ticket {ticket} is finished, it cannot be dropped"
             del self._groups[ticket]
-            self.dropped[reason] += 1
+            self.ledger.drop([ticket], reason)
             self._changed.notify_all()
 
     async def published(self, version: int) -> None:
@@ -76,7 +86,7 @@ class GroupBuffer(Generic[Group]):
             self._changed.notify_all()
 
     async def take(self) -> list[Group]:
-        """The groups of the next step, oldest first."""
+        """The groups of the next step, oldest first. `ledger.trained` is for the caller to say, after the step."""
         async with self._changed:
             await self._changed.wait_for(self._step_is_ready)
             tickets = list(self._groups)[: self._groups_per_step]

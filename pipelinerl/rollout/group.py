@@ -15,22 +15,24 @@ async def run_group(
     problem: Problem,
     size: int,
     make_env: Callable[[Problem], Env],
-    generate: GenerateFn,
+    generate: Callable[[int], GenerateFn],
     renderer: ChatRenderer,
     max_total_tokens: int,
 ) -> RolloutGroup:
     """Play `size` episodes on `problem` at the same time, each in an environment of its own.
 
+    `generate(index)` makes the function that episode number `index` of the group samples with.
+
     What `run_episode` raises cancels the other episodes and is raised here as it is, without an ExceptionGroup.
     """
 
-    async def episode() -> Rollout:
+    async def episode(index: int) -> Rollout:
         try:
             env = make_env(problem)
         except PipelineRLError:
             raise
         except Exception as error:
             return failed_rollout(error)
-        return await run_episode(env, generate, renderer, max_total_tokens)
+        return await run_episode(env, generate(index), renderer, max_total_tokens)
 
-    return RolloutGroup(group_id, problem.id, tuple(await together(*(episode() for _ in range(size)))))
+    return RolloutGroup(group_id, problem.id, tuple(await together(*(episode(index) for index in range(size)))))

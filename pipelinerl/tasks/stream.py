@@ -10,10 +10,9 @@ from pipelinerl.types import Problem
 
 
 class ProblemStream:
-    """Draws problems for ever: every epoch visits each problem once, in an order shuffled from (seed, epoch).
+    """An endless sequence of problems: every epoch holds each problem once, in an order shuffled from (seed, epoch).
 
-    The number of problems drawn so far, `cursor`, is the whole state: a stream over the same problems with the same
-    seed and cursor continues identically.
+    It has no state: `at(ticket)` is the same problem whenever it is asked for, also in another process.
     """
 
     def __init__(self, problems: Sequence[Problem], seed: int) -> None:
@@ -21,26 +20,16 @@ class ProblemStream:
             raise DataError("the training split has no problems")
         self._problems = problems
         self._seed = seed
-        self._cursor = 0
-        self._epoch = -1
-        self._order: NDArray[np.int64] = np.empty(0, np.int64)
+        self._orders: dict[int, NDArray[np.int64]] = {}  # epoch -> indexes; of the two that were asked for last
 
-    @property
-    def cursor(self) -> int:
-        """Problems drawn so far, over all epochs."""
-        return self._cursor
+    def at(self, ticket: int) -> Problem:
+        """The problem of the prompt that is number `ticket`, from 0, in the order of drawing."""
+        epoch, position = divmod(ticket, len(self._problems))
+        return self._problems[int(self._order(epoch)[position])]
 
-    @cursor.setter
-    def cursor(self, drawn: int) -> None:
-        if drawn < 0:
-            raise ValueError(f"cursor={drawn}: a count of problems drawn cannot be negative")
-        self._cursor = drawn
-
-    def next(self) -> Problem:
-        """The next problem; draws one permutation of indexes at the start of each epoch."""
-        epoch, position = divmod(self._cursor, len(self._problems))
-        if epoch != self._epoch:
-            self._order = np.random.default_rng((self._seed, epoch)).permutation(len(self._problems))
-            self._epoch = epoch
-        self._cursor += 1
-        return self._problems[int(self._order[position])]
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        if epoch not in self._orders:
+            if len(self._orders) > 1:
+                del self._orders[next(iter(self._orders))]
+            self._orders[epoch] = np.random.default_rng((self._seed, epoch)).permutation(len(self._problems))
+        return self._orders[epoch]

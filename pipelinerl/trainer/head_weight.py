@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipelinerl.errors import EnvironmentProblem, first_line
 from pipelinerl.trainer.model import PolicyModel
+from pipelinerl.trainer.sharding import gathered, is_sharded
 from pipelinerl.types import ScoreRequest
 
 
@@ -29,10 +30,14 @@ class HeadWeight:
 
     def get(self) -> Tensor | None:
         """The weight [vocabulary, H] in the dtype to multiply in; None for what the policy does by itself."""
-        served: Tensor = self._policy.hf.get_output_embeddings().weight.detach()
-        if self._lost is not None:
-            return served.float() + self._lost
-        return None if self._dtype is None else served.to(self._dtype)
+        if self._lost is None and self._dtype is None:
+            return None
+        weight = self._policy.hf.get_output_embeddings().weight
+        with gathered([weight]):
+            served: Tensor = weight.detach()
+            if self._lost is not None:
+                return served.float() + self._lost
+            return served.to(self._dtype, copy=is_sharded(weight))
 
 
 def _lost_by_rounding(policy: PolicyModel) -> Tensor:

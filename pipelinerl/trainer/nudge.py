@@ -14,6 +14,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from pipelinerl.trainer.sharding import held, release
+
 SIZE = -5  # of the change: this power of two, relative to the element's own
 
 _INTEGERS = {2: torch.int16, 4: torch.int32}
@@ -28,10 +30,12 @@ def flip_bit(values: Tensor) -> None:
 def nudge(model: nn.Module) -> None:
     """Change every element of every parameter by 1.6% to 3.1%; the second call undoes the first.
 
-    A tied parameter is one parameter and is flipped once. Buffers are left alone: a weight update does not carry them.
+    A tied parameter is one parameter and is flipped once; a sharded one is flipped by every rank in its shard. Buffers
+    are left alone: a weight update does not carry them.
     """
+    release(model)  # gathered copies would keep the old bits
     for parameter in model.parameters():
-        flip_bit(parameter)
+        flip_bit(held(parameter))
 
 
 class Weights:

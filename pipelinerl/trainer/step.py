@@ -1,96 +1,138 @@
-"""One optimizer step on one rank: micro-batches in, gradients accumulated, weights updated, metrics reduced.
+"""One step on one rank: its optimizer updates in turn, and what all ranks together say of them.
 
 The loss of an update is the sum of its token losses times their weights, which hold what it is a mean over (see
-algo/aggregation.py). Each micro-batch contributes its part times `world_size`, which DeepSpeed's mean over ranks cancels.
-So the gradient does not depend on ranks, micro-batches or packing.
+algo/aggregation.py). Each micro-batch contributes its part times `world_size`, which DeepSpeed's mean over ranks
+cancels. So the gradient does not depend on ranks, micro-batches or packing.
+
+M = the sampled tokens of a row.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from pipelinerl.algo.diagnostics import Sums, token_sums
-from pipelinerl.algo.losses import LossInputs, policy_loss
-from pipelinerl.batch.samples import PackedBatch
-from pipelinerl.config.schema import AlgoConfig
-from pipelinerl.trainer.attention import runs_of_equal_length
+from pipelinerl.algo.objective import Coefficients, Objective, Tokens, objective
+from pipelinerl.algo.proximal import proximal_logprobs, proximal_of
+from pipelinerl.config.schema import AlgoConfig, RunConfig
 from pipelinerl.trainer.backend import DeepSpeedBackend
+from pipelinerl.trainer.rows import Row, forward_inputs
 
 
 def train_step(
-    backend: DeepSpeedBackend, rows: Sequence[PackedBatch], version: int, algo: AlgoConfig
+    backend: DeepSpeedBackend, updates: Sequence[Sequence[Row]], version: int, config: RunConfig
 ) -> tuple[bool, dict[str, float]]:
-    """Train on this rank's micro-batches. Returns (applied, metrics); the metrics are the same on all ranks.
+    """Train on this rank's rows, [update][row]. Returns (applied, metrics); both are the same on all ranks.
 
-    `rows` are the micro-batches, packed; one without sampled tokens is a dummy, which keeps a rank in step
-    that has less to do than others. `version` is the optimizer version that trains, that is, before the step.
+    Metrics of tokens are over all updates. `optim/skipped` counts the updates that were skipped because something was
+    not finite; the rest of `optim/*` is of the last update. Applied means that any of them was.
+
+    Args:
+        version: of the weights before the step.
+        config: of the run. The coefficients are those of step `version + 1`.
     """
-    world_size = dist.get_world_size()
-    lr = backend.lr
-    sums = Sums.zero(backend.device)
-    loss_sum = torch.zeros((), dtype=torch.float64, device=backend.device)
-    for index, row in enumerate(rows):
-        loss, row_sums = _micro_batch(backend, row, version, algo)
-        backend.backward(loss * world_size, last=index == len(rows) - 1)
-        loss_sum += loss.detach().double()
-        sums += row_sums
-    applied, grad_norm = backend.step()
-
-    dist.all_reduce(loss_sum)
+    terms = _Terms(config.algo, version, Coefficients.at(config.algo, version + 1, config.steps))
+    starts = _start_logprobs(backend, updates, config.algo)
+    sums, skipped = Sums.zero(backend.device), 0
+    for number, (rows, row_starts) in enumerate(zip(updates, starts, strict=True)):
+        lr = backend.lr
+        loss = torch.zeros((), dtype=torch.float64, device=backend.device)
+        for index, (row, start) in enumerate(zip(rows, row_starts, strict=True)):
+            tokens, found, gradient = _micro_batch(backend, row, start, terms, last=index == len(rows) - 1)
+            loss += found.loss.detach().double()
+            sums += token_sums(tokens, found, gradient, config.algo.correction, first=number == 0)
+        applied, grad_norm = backend.step()
+        skipped += not applied
+    if dist.get_rank() % config.trainer.sequence_parallel:  # ranks that share rows have the same: one speaks for all
+        loss.zero_()
+        sums.totals.zero_()
+    dist.all_reduce(loss)
     dist.all_reduce(sums.totals)
     dist.all_reduce(sums.maxima, op=dist.ReduceOp.MAX)
-    metrics = sums.finish()
-    metrics |= {
-        "optim/loss": float(loss_sum),
+    metrics = {
+        **sums.finish(),
+        **terms.coefficients.metrics(config.algo),
+        "optim/loss": float(loss),
         "optim/grad_norm": grad_norm,
         "optim/lr": lr,
-        "optim/skipped": float(not applied),
+        "optim/skipped": float(skipped),
     }
-    return applied, metrics
+    return skipped < len(updates), metrics
 
 
-def _micro_batch(backend: DeepSpeedBackend, batch: PackedBatch, version: int, algo: AlgoConfig) -> tuple[Tensor, Sums]:
-    """Summed token loss (a scalar with gradient) and the diagnostics of one packed row."""
-    positions = torch.from_numpy(batch.loss_mask.nonzero()[0]).to(backend.device)
+@dataclass(frozen=True, slots=True)
+class _Terms:
+    """What the objective of a step consists of."""
 
-    def at_loss(array: object) -> Tensor:
-        return torch.as_tensor(array, device=backend.device)[positions]
+    algo: AlgoConfig
+    version: int
+    coefficients: Coefficients
 
-    # A dummy row has no sampled token: score its first position with weight zero, so that every parameter gets a
-    # (zero) gradient and this rank takes part in the same collectives as the others.
-    scored = positions if len(positions) else torch.zeros(1, dtype=torch.long, device=backend.device)
-    targets = torch.as_tensor(batch.target_ids, dtype=torch.long, device=backend.device)[scored]
-    logprobs, entropy = backend.forward(
-        torch.as_tensor(batch.input_ids, dtype=torch.long, device=backend.device),
-        torch.as_tensor(batch.position_ids, dtype=torch.long, device=backend.device),
-        runs_of_equal_length([int(n) for n in batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]]),
-        scored,
-        targets,
+
+def _micro_batch(
+    backend: DeepSpeedBackend, row: Row, start: Tensor | None, terms: _Terms, *, last: bool
+) -> tuple[Tokens, Objective, Tensor]:
+    """Accumulate the gradient of a row. Returns its tokens, its objective, and d loss / d logprob of the tokens [M].
+
+    The loss is differentiated in two parts: down to logprobs and entropies, which is cheap and gives the diagnostics
+    their gradient per token, and from there through the model, with the first part's gradients as constants. (In one
+    part that gradient could not be had: DeepSpeed takes any at the model's outputs for the start of its own backward
+    pass.)
+    """
+    with_entropy = terms.coefficients.entropy > 0
+    outputs = backend.forward(*forward_inputs(row, backend.device), entropy_grad=with_entropy)
+    tokens = _tokens(row, outputs, start, terms)
+    found = objective(tokens, terms.algo, terms.coefficients)
+    leaves = (tokens.logprobs_new, tokens.entropy) if with_entropy else (tokens.logprobs_new,)
+    gradients = torch.autograd.grad(found.loss, leaves)
+    through_model = outputs[0].sum() * 0.0  # of a dummy this is all: zero gradients, and the same collectives
+    for output, gradient in zip(outputs, gradients, strict=False):
+        through_model = through_model + (output[: len(gradient)] * gradient).sum()
+    # A non-finite loss can have a finite gradient (a clamp cuts it off). Make every gradient NaN, so that the check of
+    # the whole gradient, which is agreed on over all ranks, skips the update.
+    if not torch.isfinite(found.loss):
+        through_model = outputs[0].sum() * math.nan
+    backend.backward(through_model * dist.get_world_size(), last=last)
+    return tokens, found, gradients[0]
+
+
+def _tokens(row: Row, outputs: tuple[Tensor, Tensor], start: Tensor | None, terms: _Terms) -> Tokens:
+    """The sampled tokens of a row. Logprobs and entropies are copies, from which gradients go no further."""
+    batch, device = row.batch, outputs[0].device
+
+    def sampled(values: object) -> Tensor:
+        return torch.as_tensor(values, device=device)[row.positions]
+
+    logprobs, entropy = (output.detach()[: len(row.positions)] for output in outputs)
+    rollout, lag = sampled(batch.logprobs), terms.version - sampled(batch.versions)
+    return Tokens(
+        logprobs_new=logprobs.requires_grad_(),
+        entropy=entropy.requires_grad_(terms.coefficients.entropy > 0),
+        logprobs_old=proximal_logprobs(proximal_of(terms.algo), logprobs, rollout, lag, start),
+        logprobs_rollout=rollout,
+        logprobs_reference=None if row.reference is None else torch.as_tensor(row.reference, device=device),
+        advantages=sampled(batch.advantages),
+        weights=sampled(batch.weights),
+        sequence=sampled(batch.sequence),
+        lag=lag,
     )
-    keep_graph = 0.0 if len(positions) else logprobs.sum() * 0.0
-    logprobs, entropy = logprobs[: len(positions)], entropy[: len(positions)]
-    inputs = LossInputs(
-        logprobs_new=logprobs,
-        logprobs_rollout=at_loss(batch.logprobs),
-        advantages=at_loss(batch.advantages),
-        mask=torch.ones_like(logprobs, dtype=torch.bool),
-        sequence=at_loss(batch.sequence).long(),
-    )
-    outputs = policy_loss(inputs, algo)
-    sums = token_sums(
-        logprobs_new=inputs.logprobs_new.detach(),
-        logprobs_rollout=inputs.logprobs_rollout,
-        mask=inputs.mask,
-        entropy=entropy,
-        clipped=outputs.clipped,
-        versions=at_loss(batch.versions),
-        sequence=inputs.sequence,
-        version=version,
-    )
-    loss = (outputs.token_loss * at_loss(batch.weights)).sum() + keep_graph
-    # A non-finite loss can have a finite gradient (a clamp cuts it off). Make every gradient NaN, so that DeepSpeed's
-    # check, which is agreed on over all ranks, skips the step.
-    return loss if torch.isfinite(loss) else logprobs.sum() * math.nan, sums
+
+
+@torch.no_grad()
+def _start_logprobs(
+    backend: DeepSpeedBackend, updates: Sequence[Sequence[Row]], algo: AlgoConfig
+) -> list[list[Tensor | None]]:
+    """[update][row] the logprobs [M] under the weights before the step, where the objective asks for them and they are
+    not those of the update's own forward pass: from the second update on, with `proximal=recompute`."""
+
+    def start(row: Row) -> Tensor | None:
+        logprobs: Tensor = backend.forward(*forward_inputs(row, backend.device))[0]
+        return logprobs[: len(row.positions)]
+
+    if proximal_of(algo) != "recompute":
+        return [[None] * len(rows) for rows in updates]
+    return [[start(row) if number else None for row in rows] for number, rows in enumerate(updates)]

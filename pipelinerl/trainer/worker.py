@@ -11,26 +11,33 @@ from typing import Any
 
 import torch
 
-from pipelinerl.batch.samples import collate, dummy_sample, train_sample
+from pipelinerl.checkpoint.manifest import FileRecord
 from pipelinerl.config.schema import RunConfig
 from pipelinerl.trainer.backend import DeepSpeedBackend, init_process_group
+from pipelinerl.trainer.checkpoint import Counters, Snapshot, restore
+from pipelinerl.trainer.fragments import OptimizerView
 from pipelinerl.trainer.hidden_states import hidden_states
-from pipelinerl.trainer.model import PolicyModel, export_policy, load_policy
+from pipelinerl.trainer.lora import add_adapters, export_adapter
+from pipelinerl.trainer.model import PolicyModel, compile_layers, export_policy, load_policy
 from pipelinerl.trainer.nudge import Weights
+from pipelinerl.trainer.reference import Reference
+from pipelinerl.trainer.rows import make_rows
 from pipelinerl.trainer.scoring import score_completions
+from pipelinerl.trainer.sequence_parallel import SequenceShards
+from pipelinerl.trainer.sharding import full_numel
+from pipelinerl.trainer.source import make_source, state_dict_of, take_part
 from pipelinerl.trainer.step import train_step
 from pipelinerl.types import (
     FloatArray,
     RankBatch,
     RolloutGroup,
-    SampleRef,
+    SampleKL,
     ScoredSequence,
     ScoreRequest,
     StepResult,
-    TrainSample,
 )
-from pipelinerl.weights.manifest import Manifest
-from pipelinerl.weights.sender import Sender, make_sender, manifest_of
+from pipelinerl.weights.sender import Sender, make_sender
+from pipelinerl.weights.source import WeightSource
 
 
 class TrainerWorker:
@@ -45,7 +52,9 @@ class TrainerWorker:
         self._weights: Weights
         self._backend: DeepSpeedBackend
         self._sender: Sender | None = None
-        self._manifest: Manifest
+        self._reference: Reference | None = None
+        self._source: WeightSource
+        self._snapshot: Snapshot | None = None
 
     def setup(self, address: str, port: int) -> dict[str, Any]:
         """Join the other ranks at `address:port` and load the model. Returns what there is to log about it."""
@@ -59,14 +68,26 @@ class TrainerWorker:
             config.sampling.temperature,
             config.trainer.logprob_chunk,
             config.trainer.gradient_checkpointing,
-        ).to(self._device)
+            config.trainer.attention,
+            self._device,
+        )
+        if config.trainer.lora.rank:
+            add_adapters(policy.hf, config.trainer.lora, config.seed)
+        if config.trainer.sequence_parallel > 1:
+            policy.shards = SequenceShards(policy.hf, config.trainer.sequence_parallel)
+        if config.trainer.compile:
+            compile_layers(policy)
+        updates = config.steps * config.batch.updates
         bf16 = config.model.dtype == "bfloat16"
-        self._backend = DeepSpeedBackend(policy, config.trainer, bf16, config.steps, self._device)
+        self._backend = DeepSpeedBackend(policy, config.trainer, bf16, updates, self._device)
         self._policy = policy
         self._weights = Weights(policy)
-        self._manifest = manifest_of(policy.hf, config.weights.bucket_mb * 2**20)
+        if config.algo.kl.on:
+            self._reference = Reference.load(config, self._device, policy.hf.config.vocab_size)
+        self._source = make_source(policy.hf, config.weights.bucket_mb * 2**20)
         return {
-            "parameters": sum(p.numel() for p in policy.parameters()),
+            "parameters": sum(map(full_numel, policy.parameters())),
+            "trained_parameters": sum(full_numel(p) for p in policy.parameters() if p.requires_grad),
             "dtype": config.model.dtype,
             "head_dtype": str(policy.head_dtype).removeprefix("torch."),
             "temperature": policy.temperature,
@@ -83,16 +104,20 @@ class TrainerWorker:
         """Rank 0 only: wait for all engine workers. Returns the manifest of every update, as plain lists."""
         assert self._sender is not None, "listen comes first"
         self._sender.connect(world_size)
-        return self._manifest.to_dict()
+        return self._source.manifest.to_dict()
 
     def send_weights(self) -> dict[str, Any]:
-        """Rank 0 only: broadcast the current weights. Returns seconds and bytes and, with the canary on, the `digests`
-        of all parameters in the order of the manifest."""
+        """Broadcast the current weights from rank 0; the other ranks take part where the weights are sharded. Rank 0
+        returns seconds and bytes and, with the canary on, the `digests` of all parameters in the order of the manifest.
+        """
+        if self._rank:
+            take_part(self._source)
+            return {}
         assert self._sender is not None, "listen comes first"
         start = time.perf_counter()
         canary = self._config.parity.canary
-        digests = self._sender.send(self._policy.hf, self._manifest, with_digests=canary)
-        sent = {"seconds": time.perf_counter() - start, "bytes": float(self._manifest.nbytes)}
+        digests = self._sender.send(self._source, with_digests=canary)
+        sent = {"seconds": time.perf_counter() - start, "bytes": float(self._source.manifest.nbytes)}
         return sent | {"digests": digests} if canary else sent
 
     def step(self, updates: Sequence[RankBatch], *payloads: RolloutGroup) -> StepResult:
@@ -100,32 +125,65 @@ class TrainerWorker:
         `SampleRef.group == i` names."""
         assert not self._weights.nudged, "a probe must take its nudge back before a step"
         start = time.perf_counter()
-        for batch in updates:
-            rows = [collate(_samples(refs, payloads)) for refs in batch.micro_batches]
-            applied, metrics = train_step(self._backend, rows, self._version, self._config.algo)
+        rows = [make_rows(batch, payloads) for batch in updates]
+        if self._reference:
+            rows = self._reference.added_to(rows)
+            self._reference.forget()
+        applied, metrics = train_step(self._backend, rows, self._version, self._config)
         self._version += 1
         metrics["perf/train_s"] = time.perf_counter() - start
         return StepResult(self._version, metrics, applied)
+
+    def reference_kl(self, updates: Sequence[RankBatch], *payloads: RolloutGroup) -> list[SampleKL]:
+        """How far the engine's policy is from the reference on each of this rank's samples, groups numbered as in
+        `updates`. The step that follows does not compute the reference again."""
+        assert self._reference is not None, "a run without algo.kl has no reference policy"
+        return self._reference.sample_kl(row for batch in updates for row in make_rows(batch, payloads))
+
+    def snapshot(self, folder: str) -> None:
+        """All ranks: copy this rank's part of the state and write it into `folder` in the background."""
+        assert not self._weights.nudged, "a probe must take its nudge back before a checkpoint"
+        assert self._snapshot is None or self._snapshot.poll() is not None, "the snapshot before is still being written"
+        view = OptimizerView(self._policy, self._backend.optimizer)
+        counters = Counters(self._version, view.updates(), self._backend.scheduled, self._config.trainer.ranks)
+        self._snapshot = Snapshot.begin(Path(folder), view, counters, self._rank, self._device)
+
+    def checkpoint_poll(self) -> dict[str, FileRecord] | None:
+        """The files that the snapshot became; None while it is written. Raises EnvironmentProblem when it failed."""
+        assert self._snapshot is not None, "snapshot comes first"
+        return self._snapshot.poll()
+
+    def restore(self, folder: str) -> int:
+        """All ranks: go on from a checkpoint. Returns its version. Raises ConfigError when it does not fit."""
+        view = OptimizerView(self._policy, self._backend.optimizer)
+        counters = restore(Path(folder), view, self._rank, self._config.trainer.ranks, self._device)
+        self._backend.resume_schedule(counters.scheduled)
+        self._version = counters.version
+        return self._version
 
     def nudge(self) -> None:
         """All ranks: exchange the weights for a probe's second set, or the second set for the weights."""
         self._weights.use(not self._weights.nudged)
 
     def score(self, request: ScoreRequest, *payloads: RolloutGroup) -> list[ScoredSequence]:
-        """Rank 0 only: the logprobs of the groups' completions; see trainer/scoring.py. Changes no weight."""
+        """The logprobs of the groups' completions; see trainer/scoring.py. Changes no weight.
+
+        For rank 0 alone, or, where the weights are sharded, for all ranks at once.
+        """
         rollouts = [rollout for group in payloads for rollout in group.rollouts]
         return score_completions(self._policy, rollouts, request, self._weights)
 
     def hidden_states(self, tokens: list[int]) -> list[FloatArray]:
-        """Rank 0 only: the residual stream [tokens, hidden] at each place; see trainer/hidden_states.py."""
+        """The residual stream [tokens, hidden] at each place; see trainer/hidden_states.py. Ranks as in `score`."""
         return hidden_states(self._policy, tokens)
 
     def export(self, target: str) -> None:
-        """Rank 0 only: write the model and its tokenizer to `target`."""
-        export_policy(self._policy, self._config.model.path, Path(target))
+        """Write the model and its tokenizer to `target`. Ranks as in `score`; rank 0 writes."""
+        if self._rank:
+            take_part(self._source)
+        else:
+            export_policy(self._policy, state_dict_of(self._source), self._config.model.path, Path(target))
 
-
-def _samples(refs: Sequence[SampleRef], payloads: Sequence[RolloutGroup]) -> list[TrainSample]:
-    if not refs:
-        return [dummy_sample()]
-    return [train_sample(payloads[ref.group].rollouts[ref.rollout], ref.advantage, ref.weight) for ref in refs]
+    def export_adapter(self, target: str) -> None:
+        """Write the adapter that is trained to `target`, for peft. Ranks as in `score`; rank 0 writes."""
+        export_adapter(self._policy.hf, self._config.model.path, Path(target))

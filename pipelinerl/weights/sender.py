@@ -1,8 +1,7 @@
-"""The trainer's end of a weight update: reads the policy's parameters in order and broadcasts them.
+"""The trainer's end of a weight update: takes the tensors of a source in order and broadcasts them.
 
 One sender per transport, chosen by `make_sender`. The life of a sender is `listen` (returns where engines find it),
-`connect` (blocks until all engine workers have joined), then `send` once per update. Only trainer rank 0 has one:
-at ZeRO stages 0 to 2 every rank holds the whole model.
+`connect` (blocks until all engine workers have joined), then `send` once per update. Only trainer rank 0 has one.
 """
 
 import socket
@@ -12,27 +11,13 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipelinerl.errors import WeightSyncError, first_line
 from pipelinerl.weights.digest import device_digest, digest
 from pipelinerl.weights.gloo_group import GlooGroup
-from pipelinerl.weights.manifest import Manifest, Parameter, offsets
-
-
-def parameters_in_order(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Checkpoint names and tensors. A tied head occurs once, under the embedding's name, as in a saved checkpoint."""
-    for name, parameter in model.named_parameters(remove_duplicate=True):
-        yield name, parameter.detach()
-
-
-def manifest_of(model: nn.Module, bucket_bytes: int) -> Manifest:
-    """The manifest that `send` follows for this model."""
-    entries = (
-        Parameter(name, str(t.dtype).removeprefix("torch."), tuple(t.shape), t.numel() * t.element_size())
-        for name, t in parameters_in_order(model)
-    )
-    return Manifest(tuple(entries), bucket_bytes)
+from pipelinerl.weights.manifest import offsets
+from pipelinerl.weights.source import Bucket, WeightSource, run_through
 
 
 class Sender(Protocol):
@@ -44,8 +29,8 @@ class Sender(Protocol):
     def connect(self, world_size: int) -> None:
         """Wait until `world_size - 1` engine workers have joined."""
 
-    def send(self, model: nn.Module, manifest: Manifest, with_digests: bool = True) -> list[int]:
-        """Broadcast all parameters. Returns when the last one has left; raises WeightSyncError.
+    def send(self, source: WeightSource, with_digests: bool = True) -> list[int]:
+        """Broadcast all tensors. Returns when the last one has left; raises WeightSyncError.
 
         The result is every parameter's digest, in the order of the manifest; nothing when not asked for.
         """
@@ -69,28 +54,26 @@ class GlooSender:
         assert self._store is not None, "listen comes first"
         self._group = GlooGroup(self._store, self._epoch, 0, world_size, self._timeout_s)
 
-    def send(self, model: nn.Module, manifest: Manifest, with_digests: bool = True) -> list[int]:
+    def send(self, source: WeightSource, with_digests: bool = True) -> list[int]:
         assert self._group is not None, "connect comes first"
-        tensors = parameters_in_order(model)
         digests: list[int] = []
         pending: list[tuple[dist.Work, Tensor]] = []
-        for bucket in manifest.buckets():
-            starts, size = offsets(bucket)
-            buffer = torch.empty(size, dtype=torch.uint8)
-            sources = []
-            for parameter, start in zip(bucket, starts, strict=True):
-                name, tensor = next(tensors)
-                assert name == parameter.name, f"manifest says {parameter.name}, the model {name}"
-                flat = tensor.contiguous().view(-1).view(torch.uint8)
-                buffer[start : start + parameter.nbytes].copy_(flat)
-                sources.append(tensor)
-            if len(pending) == 2:
-                self._finish(*pending.pop(0), bucket[0].name)
-            pending.append((self._group.broadcast(buffer), buffer))
-            if with_digests:  # while the bucket is on its way
-                digests += map(digest, sources)
-        for work, buffer in pending:
-            self._finish(work, buffer, manifest.parameters[-1].name)
+        last = ""
+        with run_through(source) as buckets:
+            for bucket in buckets:
+                starts, size = offsets([parameter for parameter, _ in bucket])
+                buffer = torch.empty(size, dtype=torch.uint8)
+                for (parameter, tensor), start in zip(bucket, starts, strict=True):
+                    flat = tensor.contiguous().view(-1).view(torch.uint8)
+                    buffer[start : start + parameter.nbytes].copy_(flat)
+                if len(pending) == 2:
+                    self._finish(*pending.pop(0), bucket[0][0].name)
+                pending.append((self._group.broadcast(buffer), buffer))
+                if with_digests:  # while the bucket is on its way
+                    digests += [digest(tensor) for _, tensor in bucket]
+                last = bucket[-1][0].name
+            for work, buffer in pending:
+                self._finish(work, buffer, last)
         return digests
 
     def _finish(self, work: dist.Work, buffer: Tensor, near: str) -> None:
@@ -130,7 +113,7 @@ class NcclSender:
         host, port = self._address
         self._communicator = trainer_init({"master_address": host, "master_port": port, "world_size": world_size})
 
-    def send(self, model: nn.Module, manifest: Manifest, with_digests: bool = True) -> list[int]:
+    def send(self, source: WeightSource, with_digests: bool = True) -> list[int]:
         from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
 
         digests: list[Tensor] = []
@@ -141,16 +124,33 @@ class NcclSender:
             return item[1]
 
         torch.cuda.synchronize()  # the producer packs on streams of its own, which do not wait for the optimizer's
-        packed_nccl_broadcast_producer(
-            iterator=parameters_in_order(model),
-            group=self._communicator,
-            src=0,
-            post_iter_func=take,
-            buffer_size_bytes=manifest.bucket_bytes,
-            num_buffers=2,
-        )
+        with run_through(source) as buckets:
+            packed_nccl_broadcast_producer(
+                iterator=_copies(buckets),
+                group=self._communicator,
+                src=0,
+                post_iter_func=take,
+                buffer_size_bytes=source.manifest.bucket_bytes,
+                num_buffers=2,
+            )
         torch.cuda.synchronize()
         return [int(value) for value in digests]
+
+
+def _copies(buckets: Iterator[Bucket]) -> Iterator[tuple[str, Tensor]]:
+    """Copies, since the producer holds tensors over the end of a bucket. It changes streams at places of its own: a
+    copy waits for what made the bucket, and the bucket is let go of when its copies are made."""
+    for bucket in buckets:
+        made = torch.cuda.current_stream().record_event()
+        copied = []
+        for parameter, tensor in bucket:
+            stream = torch.cuda.current_stream()
+            stream.wait_event(made)
+            copy = tensor.clone(memory_format=torch.contiguous_format)
+            copied.append(stream.record_event())
+            yield parameter.name, copy
+        for event in copied:
+            event.synchronize()
 
 
 def make_sender(backend: str, timeout_s: float, bucket_bytes: int) -> Sender:

@@ -17,7 +17,8 @@ from pipelinerl.trainer.nudge import Weights
 from pipelinerl.trainer.scoring import score_completions
 from pipelinerl.types import GroupMeta, Problem, RolloutGroup, ScoredSequence, ScoreRequest
 from pipelinerl.weights.publisher import Publisher
-from pipelinerl.weights.sender import GlooSender, manifest_of
+from pipelinerl.weights.sender import GlooSender
+from pipelinerl.weights.source import WholeModel
 
 
 class LocalEngine:
@@ -40,7 +41,7 @@ class LocalTrainer:
     def __init__(self, config: RunConfig):
         self.policy: PolicyModel = load_policy(config.model, config.sampling.temperature, 2048, False)
         self.weights = Weights(self.policy)
-        self._manifest = manifest_of(self.policy.hf, config.weights.bucket_mb * 2**20)
+        self._source = WholeModel(self.policy.hf, config.weights.bucket_mb * 2**20)
         self._sender = GlooSender(config.weights.timeout_s)
         self._canary = config.parity.canary
 
@@ -56,10 +57,10 @@ class LocalTrainer:
 
     async def connect_weights(self, world_size: int) -> dict[str, Any]:
         await asyncio.to_thread(self._sender.connect, world_size)
-        return self._manifest.to_dict()
+        return self._source.manifest.to_dict()
 
     async def send_weights(self) -> dict[str, Any]:
-        digests = await asyncio.to_thread(self._sender.send, self.policy.hf, self._manifest, self._canary)
+        digests = await asyncio.to_thread(self._sender.send, self._source, self._canary)
         return {"seconds": 0.0} | ({"digests": digests} if self._canary else {})
 
 

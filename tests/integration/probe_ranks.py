@@ -40,41 +40,45 @@ def run_rank(case: Case, rank: int, port: int, out: Path) -> None:
     import torch
     import torch.distributed as dist
 
+    from pipelinerl.trainer.source import state_dict_of
     from pipelinerl.trainer.worker import TrainerWorker
-    from pipelinerl.weights.sender import parameters_in_order
 
     worker = TrainerWorker(case.config, rank, "cpu")
     worker.setup("127.0.0.1", port)
     run = RankRun()
+    together = case.config.trainer.zero_stage == 3  # no rank has a whole weight
 
     def note_weights(moment: str) -> None:
-        tensors = parameters_in_order(worker._policy.hf)  # what the sender would send
+        tensors = state_dict_of(worker._source)  # what the sender would send
         run.weights[moment] = {
-            name: tensor.view(torch.int16 if tensor.dtype == torch.bfloat16 else torch.int32).numpy().copy()
-            for name, tensor in tensors
+            name: tensor.view(torch.int16 if tensor.dtype == torch.bfloat16 else torch.int32).numpy()
+            for name, tensor in tensors.items()
         }
 
-    def score(moment: str) -> None:
-        if rank == 0:
-            run.scored[moment] = worker.score(case.request, case.probed)
+    def score(moment: str, request: ScoreRequest) -> None:
+        if rank == 0 or together:
+            run.scored[moment] = worker.score(request, case.probed)
 
-    run.results.append(worker.step(case.batches[rank], *case.groups))
+    run.results.append(worker.step([case.batches[rank]], *case.groups))
     note_weights("before")
     if case.request is not None:
-        score("own")
+        score("own", case.request)
         worker.nudge()
         note_weights("nudged")
-        score("nudged")
+        score("nudged", case.request)
         note_weights("nudged, after scoring")
         worker.nudge()
         note_weights("after")
-        if rank == 0:
+        if rank == 0 or together:
             run.hidden_states = worker.hidden_states([7, 8, 9])
-    run.results.append(worker.step(case.batches[rank], *case.groups))
+    run.results.append(worker.step([case.batches[rank]], *case.groups))
+    worker.nudge()  # at once, while ZeRO 3 holds small parameters that it gathered in the step
+    note_weights("end, nudged")
+    worker.nudge()
     note_weights("end")
     worker.nudge()
     try:
-        worker.step(case.batches[rank], *case.groups)
+        worker.step([case.batches[rank]], *case.groups)
     except AssertionError as error:
         run.refused = str(error)
     dist.destroy_process_group()

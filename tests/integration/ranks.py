@@ -30,7 +30,7 @@ def results_of(module: ModuleType, cases: Mapping[str, Any], folder: Path) -> di
         env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=420,
         check=False,
     )
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-6000:]

@@ -14,7 +14,8 @@ from pipelinerl.engine.vllm_engine import VllmEngine
 from pipelinerl.trainer.model import PolicyModel, load_policy
 from pipelinerl.types import Completion
 from pipelinerl.weights.manifest import Manifest
-from pipelinerl.weights.sender import GlooSender, manifest_of
+from pipelinerl.weights.sender import GlooSender
+from pipelinerl.weights.source import WholeModel
 
 PROMPTS = [[1, 2, 3 + index] for index in range(64)]
 
@@ -34,7 +35,7 @@ class Link:
     """A policy, and the transport that brings its weights to one engine."""
 
     policy: PolicyModel
-    manifest: Manifest
+    source: WholeModel
     sender: GlooSender
     engine: Receiver
     version: int = 0
@@ -46,14 +47,18 @@ class Link:
         sender = GlooSender(timeout_s)
         init_info = sender.listen("127.0.0.1") | {"rank_offset": 1, "world_size": 1 + workers}
         await asyncio.gather(asyncio.to_thread(sender.connect, 1 + workers), engine.connect(init_info))
-        return cls(policy, manifest_of(policy.hf, bucket_bytes), sender, engine)
+        return cls(policy, WholeModel(policy.hf, bucket_bytes), sender, engine)
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.source.manifest
 
     async def send(self) -> dict[str, float]:
         """Bring the policy's weights, as the next version, into the running engine."""
         self.version += 1
         manifest = self.manifest.to_dict()
         digests, _ = await asyncio.gather(
-            asyncio.to_thread(self.sender.send, self.policy.hf, self.manifest),
+            asyncio.to_thread(self.sender.send, self.source),
             self.engine.update_weights(manifest, self.version),
         )
         return await self.engine.commit(self.version, manifest["names"], digests)

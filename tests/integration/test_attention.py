@@ -9,7 +9,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedModel, Qwen2Config
 
 from pipelinerl.errors import EnvironmentProblem
-from pipelinerl.trainer.attention import ATTENTION, BLOCK, runs_of_equal_length, segment_attention
+from pipelinerl.trainer.attention import (
+    ATTENTION,
+    BLOCK,
+    runs_of_equal_length,
+    segment_attention,
+    varlen_attention,
+)
 
 lengths_of_rows = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 
@@ -35,7 +41,8 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tenso
     group = q.shape[1] // k.shape[1]
     q, k, v = q.double(), k.double().repeat_interleave(group, 1), v.double().repeat_interleave(group, 1)
     n = q.shape[2]
-    age = torch.arange(n)[:, None] - torch.arange(n)[None]
+    position = torch.arange(n, device=q.device)
+    age = position[:, None] - position[None]
     seen = (age >= 0) & (age < (window or n))
     scores = (q @ k.transpose(-1, -2) * 0.3).masked_fill(~seen, float("-inf"))
     return (F.softmax(scores, dim=-1) @ v).transpose(1, 2)
@@ -162,3 +169,34 @@ def test_a_changed_token_changes_its_own_sequence_only(dtype: torch.dtype, chang
     rows[changed][0] += 1
     before, after = packed_logits(ours, ROWS), packed_logits(ours, rows)
     assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [i != changed for i in range(len(ROWS))]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="varlen attention needs a CUDA GPU")
+@pytest.mark.parametrize("window", [None, 4], ids=["causal", "window"])
+def test_packed_varlen_attention_is_the_attention_of_each_sequence(window: int | None) -> None:
+    """Output and gradients against each sequence alone in float64, and to the bit against itself unpacked."""
+    lengths = [11, 11, 6, 1, 9]
+    generator = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(1, heads, sum(lengths), 64, generator=generator) for heads in (4, 2, 2))
+    row = [x.bfloat16().cuda().requires_grad_() for x in (q, k, v)]
+    exact = [x.detach().double().requires_grad_() for x in row]
+
+    def varlen(parts: list[Tensor], lengths: list[int]) -> Tensor:
+        segments = runs_of_equal_length(lengths)
+        module = torch.nn.Identity()
+        return varlen_attention(module, *parts, None, scaling=0.3, segments=segments, sliding_window=window)[0]
+
+    def split(tensors: list[Tensor]) -> list[list[Tensor]]:
+        return [list(part) for part in zip(*(x.split(lengths, 2) for x in tensors), strict=True)]
+
+    packed = varlen(row, lengths)
+    alone = torch.cat([varlen(part, [part[0].shape[2]]) for part in split(row)], dim=1)
+    expected = torch.cat([by_hand(*part, window=window) for part in split(exact)], dim=1)
+    assert torch.equal(packed, alone)
+    torch.testing.assert_close(packed.double(), expected, atol=2e-2, rtol=2e-2)
+    weights = torch.randn(packed.shape, generator=generator).cuda()
+    found = torch.autograd.grad((packed * weights).sum(), row)
+    wanted = torch.autograd.grad((expected * weights).sum(), exact)
+    for actual, value in zip(found, wanted, strict=True):
+        torch.testing.assert_close(actual.double(), value, atol=5e-2, rtol=5e-2)

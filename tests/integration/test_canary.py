@@ -116,7 +116,7 @@ async def test_a_new_version_without_weights(victim: "Served") -> None:
     """Start and finish, and nothing in between."""
     from pipelinerl.weights.digest import digest
     from pipelinerl.weights.manifest import Manifest
-    from pipelinerl.weights.sender import parameters_in_order
+    from pipelinerl.weights.source import parameters_in_order
 
     async def update() -> None:
         victim.link.version += 1

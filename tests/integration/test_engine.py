@@ -1,6 +1,7 @@
 """One vLLM engine: settings, what it returns, and that its logprobs are the trainer's."""
 
 import asyncio
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from pipelinerl.errors import ParityError
+from pipelinerl.types import Completion
 
 if TYPE_CHECKING:
     from tests.integration.serving import Served
@@ -110,6 +112,31 @@ async def test_requests_share_a_batch_without_seeing_each_other(fp32_engine: "Se
     for a, b in zip(together, alone, strict=True):
         assert a.tokens.tolist() == b.tokens.tolist()
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+async def test_a_seeded_completion_depends_on_weights_and_seed_only(fp32_engine: "Served") -> None:
+    """Not on what else is in flight, nor on prefills that take several engine steps, nor on pauses for an update."""
+    prompts = [[3 + (7 * i + j) % 90 for j in range(100 + i)] for i in range(20)]  # more than one step of 1024 tokens
+
+    async def sample(numbers: Sequence[int]) -> dict[int, Completion]:
+        made = (fp32_engine.engine.generate(prompts[n], 1.0, 60, seed=2**40 + n) for n in numbers)
+        return dict(zip(numbers, await asyncio.gather(*made), strict=True))
+
+    async def update() -> None:
+        await asyncio.sleep(0.02)
+        await fp32_engine.link.send()  # the weights that it has already
+
+    alone = {n: (await sample([n]))[n] for n in range(20)}
+    together = await sample(range(20))
+    across_update, _ = await asyncio.gather(sample(range(19, -1, -1)), update())
+    assert any(len(completion.spans) > 1 for completion in across_update.values())
+    for other in (together, across_update):
+        for n, completion in alone.items():
+            assert other[n].tokens.tolist() == completion.tokens.tolist()
+            assert other[n].logprobs.tolist() == completion.logprobs.tolist()
+    assert len({tuple(c.tokens.tolist()[:4]) for c in alone.values()}) > 15
+    first, second = [await fp32_engine.engine.generate(prompts[0], 1.0, 60, seed=seed) for seed in (1, 2)]
+    assert first.tokens.tolist() != second.tokens.tolist()
 
 
 async def test_a_cancelled_request_leaves_the_engine_usable(fp32_engine: "Served") -> None:

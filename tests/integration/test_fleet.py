@@ -18,7 +18,7 @@ from pipelinerl.cluster.trainer_group import TrainerGroup
 from pipelinerl.config.schema import TrainerConfig
 from pipelinerl.errors import EXIT_DONE, EnvironmentProblem, PipelineRLError, Stalled, WeightSyncError, WorkerDied
 from pipelinerl.run_dir import new_run_dir
-from pipelinerl.types import GroupMeta, Problem, RankBatch, SampleRef, StepResult
+from pipelinerl.types import GroupMeta, Problem, RankBatch, SampleKL, SampleRef, StepResult
 from tests.unit.fakes import SECONDS, fake_run, settle, small_config, until
 
 PROBLEM = Problem("train/0", {})
@@ -122,21 +122,53 @@ async def test_one_sick_engine_makes_the_fleet_sick() -> None:
 # Trainer group
 
 
-def trainer_group(*ranks: FakeWorker) -> TrainerGroup:
-    return TrainerGroup(ranks, TrainerConfig(ranks=len(ranks), step_timeout_s=7.0, start_timeout_s=3.0))  # type: ignore[arg-type]
+def trainer_group(*ranks: FakeWorker, sequence_parallel: int = 1) -> TrainerGroup:
+    timeouts = {"step_timeout_s": 7.0, "start_timeout_s": 3.0}
+    config = TrainerConfig(ranks=len(ranks), sequence_parallel=sequence_parallel, **timeouts)
+    return TrainerGroup(ranks, config)  # type: ignore[arg-type]
 
 
 async def test_a_rank_is_sent_only_the_groups_it_trains_on() -> None:
     ranks = [FakeWorker(lambda _: StepResult(1, {"rank": 0.0}, True)) for _ in range(2)]
     a, b, c, d = SampleRef(3, 1, 0.5, 10), SampleRef(1, 0, -1.0, 20), SampleRef(3, 0, 2.0, 30), SampleRef(0, 4, 0.0, 5)
-    batches = [RankBatch(((a, b), (c,)), loss_tokens=50, samples=4), RankBatch(((d,), ()), loss_tokens=50, samples=4)]
-    result = await trainer_group(*ranks).step(batches, ["ref 0", "ref 1", "ref 2", "ref 3"])
+    updates = [
+        [RankBatch(((a, b),), kl_to_go=0.5), RankBatch(((),), kl_to_go=0.5)],
+        [RankBatch(((c,),), kl_to_go=0.5), RankBatch(((d,),), kl_to_go=0.5)],
+    ]
+    result = await trainer_group(*ranks).step(updates, ["ref 0", "ref 1", "ref 2", "ref 3"])
     assert result.version == 1
-    # Rank 0 uses groups 1 and 3, which are 0 and 1 to it; rank 1 uses group 0 and has a dummy micro-batch.
-    own = ((SampleRef(1, 1, 0.5, 10), SampleRef(0, 0, -1.0, 20)), (SampleRef(1, 0, 2.0, 30),))
-    assert ranks[0].calls == [("step", (RankBatch(own, 50, 4), "ref 1", "ref 3"))]
-    assert ranks[1].calls == [("step", (RankBatch(((d,), ()), 50, 4), "ref 0"))]
+    # Over both updates rank 0 uses groups 1 and 3, which are 0 and 1 to it; rank 1 uses group 0 and has a dummy.
+    own = (
+        RankBatch(((SampleRef(1, 1, 0.5, 10), SampleRef(0, 0, -1.0, 20)),), 0.5),
+        RankBatch(((SampleRef(1, 0, 2.0, 30),),), 0.5),
+    )
+    assert ranks[0].calls == [("step", (own, "ref 1", "ref 3"))]
+    assert ranks[1].calls == [("step", ((RankBatch(((),), 0.5), RankBatch(((d,),), 0.5)), "ref 0"))]
     assert ranks[0].timeouts == {"step": 7.0}
+
+
+@pytest.mark.parametrize("sequence_parallel", [1, 2])
+async def test_the_kl_of_every_rank_comes_back_under_the_numbers_of_the_step(sequence_parallel: int) -> None:
+    def rank_with(*samples: SampleKL) -> FakeWorker:
+        return FakeWorker(lambda _: list(samples))
+
+    # Rank 0 has groups 1 and 3, rank 1 group 2; each counts its own from 0.
+    first = rank_with(SampleKL(1, 1, 0.1, 0.2, 0.3), SampleKL(0, 0, 0.4, 0.5, 0.6))
+    second = rank_with(SampleKL(0, 5, 0.7, 0.8, 0.9))
+    batches = [
+        RankBatch(((SampleRef(3, 1, 0.0, 9), SampleRef(1, 0, 0.0, 9)),)),
+        RankBatch(((SampleRef(2, 5, 0.0, 9),),)),
+    ]
+    ranks = [
+        rank for rank in (first, second) for _ in range(sequence_parallel)
+    ]  # those that share sequences answer alike
+    updates = [[batch for batch in batches for _ in range(sequence_parallel)]]
+    measured = await trainer_group(*ranks, sequence_parallel=sequence_parallel).reference_kl(updates, list("abcd"))
+    assert measured == [
+        SampleKL(3, 1, 0.1, 0.2, 0.3), SampleKL(1, 0, 0.4, 0.5, 0.6), SampleKL(2, 5, 0.7, 0.8, 0.9)
+    ]  # fmt: skip
+    assert [rank.calls[0][1][1:] for rank in ranks] == [("b", "d")] * sequence_parallel + [("c",)] * sequence_parallel
+    assert first.timeouts == {"reference_kl": 7.0}
 
 
 async def test_all_ranks_meet_at_the_node_of_rank_0_which_alone_sends_weights() -> None:

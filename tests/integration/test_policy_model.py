@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 from transformers.cache_utils import DynamicCache
 
 from pipelinerl.config.schema import ModelConfig
-from pipelinerl.errors import EnvironmentProblem
+from pipelinerl.errors import ConfigError, EnvironmentProblem
 from pipelinerl.trainer.attention import ATTENTION, runs_of_equal_length
-from pipelinerl.trainer.model import PolicyModel, load_policy
+from pipelinerl.trainer.model import PolicyModel, compile_layers, load_policy
 
 VOCABULARY = 40
 ROWS = [torch.arange(n) * 11 % VOCABULARY for n in (9, 9, 4, 1)]
@@ -48,14 +48,25 @@ def policy(hf: PreTrainedModel, temperature: float = 1.0, chunk: int = 100, head
     return PolicyModel(hf, temperature, getattr(torch, head), chunk)
 
 
-def run(model: PolicyModel) -> tuple[Tensor, Tensor]:
+def run(model: PolicyModel, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
     """Logprob and entropy at every position of the packed rows that has a next token."""
     lengths = [len(row) for row in ROWS]
     ids = torch.cat(ROWS)
     positions = torch.cat([torch.arange(s, s + n - 1) for s, n in zip(STARTS, lengths[:-1], strict=True)])
     restarting = torch.cat([torch.arange(n) for n in lengths])
-    logprobs, entropies = model(ids, restarting, runs_of_equal_length(lengths), positions, ids[positions + 1])
+    logprobs, entropies = model(
+        ids, restarting, runs_of_equal_length(lengths), positions, ids[positions + 1], entropy_grad
+    )
     return logprobs, entropies
+
+
+def packed(model: PolicyModel, lengths: list[int]) -> Tensor:
+    """Logprob of the next token at every position of a row but the last."""
+    ids = torch.arange(sum(lengths)) * 11 % VOCABULARY
+    restarting = torch.cat([torch.arange(n) for n in lengths])
+    at = torch.arange(len(ids) - 1)
+    logprobs: Tensor = model(ids, restarting, runs_of_equal_length(lengths), at, ids[at + 1])[0]
+    return logprobs
 
 
 def reference(model: PreTrainedModel, temperature: float) -> tuple[Tensor, Tensor]:
@@ -122,6 +133,37 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert model.is_gradient_checkpointing
     assert_same_gradients(gradients(model, run(policy(model))[0]), expected)
+
+
+def test_entropies_have_a_gradient_when_asked() -> None:
+    ours, plain = build(), build(attention="sdpa")
+    entropies = run(policy(ours, 0.8), entropy_grad=True)[1]
+    assert_same_gradients(gradients(ours, entropies), gradients(plain, reference(plain, 0.8)[1]))
+
+
+def test_compiled_layers_give_the_eager_values_and_gradients_and_are_compiled_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For rows of different lengths and numbers of sequences. Cached keys are attended to by the eager layers."""
+    from torch._dynamo import config as dynamo
+    from torch._dynamo.utils import counters
+
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    eager, compiled = policy(build()), policy(build())
+    rows = [[9, 4], [6, 6, 6, 2, 1], [11]]
+    with dynamo.patch(disable=False):
+        compile_layers(compiled)
+        graphs = []
+        for lengths in rows:
+            expected, actual = (packed(model, lengths) for model in (eager, compiled))
+            torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+            assert_same_gradients(gradients(compiled.hf, actual), gradients(eager.hf, expected))
+            graphs.append(counters["stats"]["unique_graphs"])
+        assert graphs[0] > 0 and set(graphs) == {graphs[0]}
+        with torch.no_grad():
+            caches = DynamicCache(), DynamicCache()
+            for piece in torch.arange(8).split(5):
+                assert torch.equal(compiled.extend(piece, caches[0]), eager.extend(piece, caches[1]))
 
 
 @pytest.mark.parametrize("window", [None, 4], ids=["causal", "window"])
@@ -199,3 +241,10 @@ def test_a_loaded_policy_is_the_saved_model(tmp_path: Path) -> None:
 def test_a_path_without_a_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentProblem, match=f"model.path={tmp_path}"):
         load_policy(ModelConfig(path=str(tmp_path)), 1.0, 5, False)
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", "bfloat16"), ("cuda", "float32")])
+def test_varlen_attention_is_refused_where_it_cannot_run(tmp_path: Path, device: str, dtype: str) -> None:
+    config = ModelConfig(path=str(tmp_path), dtype=dtype)
+    with pytest.raises(ConfigError, match=f"trainer.attention=varlen needs .* here are {device} and {dtype}"):
+        load_policy(config, 1.0, 5, False, attention="varlen", device=torch.device(device))

@@ -25,6 +25,7 @@ REQUEST = ScoreRequest((TEMPERATURE, 1.0), {0: False, 1: True})
 CASES = {
     "float32": ("float32", 1, 1),
     "bfloat16, 2 ranks, ZeRO 2": ("bfloat16", 2, 2),
+    "float32, 2 ranks, ZeRO 3": ("float32", 2, 3),
 }
 
 
@@ -50,18 +51,18 @@ TRAINED = [make_group(seed, [[(0, 9)], [(0, 4)], [(0, 17)]]) for seed in (1, 2)]
 @pytest.fixture(scope="module")
 def runs(tied_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("probe")
+    tokens = sum(rollout.completion_len for group in TRAINED for rollout in group.rollouts)
     refs = [
-        SampleRef(g, k, 1.0 - k / 2, r.total_len)
+        SampleRef(g, k, 1.0 - k / 2, r.total_len, 1 / tokens)
         for g, group in enumerate(TRAINED)
         for k, r in enumerate(group.rollouts)
     ]
-    tokens = sum(rollout.completion_len for group in TRAINED for rollout in group.rollouts)
     cases = {}
     for name, (dtype, ranks, stage) in CASES.items():
         trainer = {"ranks": ranks, "zero_stage": stage, "lr": 1e-2, "warmup_steps": 0}
         config = run_config(tied_model, dtype, trainer=trainer, sampling={"temperature": TEMPERATURE})
         for probed in (False, True):
-            batches = rank_batches(refs, ranks, 10_000, tokens)
+            batches = rank_batches(refs, ranks, 10_000)
             cases[f"{name} {probed}"] = Case(config, batches, TRAINED, PROBED, REQUEST if probed else None)
     results = results_of(probe_ranks, cases, folder)
     return {(name, probed): results[f"{name} {probed}"] for name in CASES for probed in (False, True)}
@@ -87,6 +88,7 @@ def test_a_probe_changes_every_weight_on_every_rank_and_takes_it_back(case: str,
         )
         for name, bits in before.items():
             assert (nudged[name] != bits).all(), name
+            assert (run.weights["end, nudged"][name] != run.weights["end"][name]).all(), name
             assert np.array_equal(scored[name], nudged[name]) and np.array_equal(after[name], bits), name
 
 
@@ -99,9 +101,10 @@ def test_scores_do_not_depend_on_the_weights_held_when_asked(case: str, runs: Ru
             np.testing.assert_array_equal(a.trainer[temperature], b.trainer[temperature])
 
 
-def test_scores_are_those_of_the_trained_weights(runs: Runs, tied_model: Path) -> None:
+@pytest.mark.parametrize("case", ["float32", "float32, 2 ranks, ZeRO 3"])
+def test_scores_are_those_of_the_trained_weights(case: str, runs: Runs, tied_model: Path) -> None:
     """Of the first rollout, all of version 0, by transformers with the weights after the first step."""
-    run = runs["float32", True][0]
+    run = runs[case, True][0]
     model = load_reference(tied_model)
     trained = {name: torch.from_numpy(bits).view(torch.float32) for name, bits in run.weights["before"].items()}
     model.load_state_dict(trained, strict=False)
@@ -112,8 +115,9 @@ def test_scores_are_those_of_the_trained_weights(runs: Runs, tied_model: Path) -
     np.testing.assert_allclose(run.scored["own"][0].trainer[TEMPERATURE], expected.numpy(), atol=1e-5)
 
 
-def test_the_worker_gives_its_hidden_states(runs: Runs) -> None:
-    run = runs["float32", True][0]
+@pytest.mark.parametrize("case", ["float32", "float32, 2 ranks, ZeRO 3"])
+def test_the_worker_gives_its_hidden_states(case: str, runs: Runs) -> None:
+    run = runs[case, True][0]
     assert [part.shape for part in run.hidden_states] == [(3, 128)] * 4
     embedding = run.weights["before"]["model.embed_tokens.weight"].view(np.float32)
     np.testing.assert_array_equal(run.hidden_states[0], embedding[[7, 8, 9]])

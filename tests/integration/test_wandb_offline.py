@@ -16,7 +16,7 @@ from pipelinerl.metrics.wandb_sink import WandbSink
 
 logging.basicConfig(format="%(message)s")
 sink = WandbSink(WandbConfig(mode="offline"), Path(sys.argv[1]), {"lr": 1e-3, "api_key": "s3cret"}, "named",
-                 close_timeout_s=float(sys.argv[3]))
+                 run_id="resumed1", close_timeout_s=float(sys.argv[3]))
 sink.write("eval", 0, {"eval/sort/accuracy": 0.25, "time/elapsed_s": 1.0})
 sink.write("train", 1, {"reward/mean": 0.5, "policy/ess": float("nan"), "time/elapsed_s": 2.0})
 if sys.argv[2] != "none":
@@ -46,6 +46,7 @@ def test_offline_run_reads_back(tmp_path: Path) -> None:
     folder = Path(hint.removeprefix("wandb sync "))
     assert folder.parent == tmp_path / "wandb"
     [file] = folder.glob("run-*.wandb")
+    assert file.name == "run-resumed1.wandb", "a resumed run goes on under its old id"
     assert b"s3cret" not in file.read_bytes()
     wandb = Path(sys.executable).with_name("wandb")
     inspect = [str(wandb), "leet", "inspect", "--json", str(folder)]

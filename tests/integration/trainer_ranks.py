@@ -2,7 +2,9 @@
 
 import pickle
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,19 @@ from numpy.typing import NDArray
 from pipelinerl.config.schema import RunConfig
 from pipelinerl.types import RankBatch, RolloutGroup, StepResult
 
+Weights = dict[str, NDArray[np.float32]]
+SMALL_BUCKET = 2**16  # bytes
+
 
 @dataclass(frozen=True)
 class Case:
-    """`steps[s][rank]` is what a rank does in step s, with the payloads `groups[s]`."""
+    """`steps[s][update][rank]` is what a rank does in an update of step s, with the payloads `groups[s]`."""
 
     config: RunConfig
-    steps: Sequence[Sequence[RankBatch]]
+    steps: Sequence[Sequence[Sequence[RankBatch]]]
     groups: Sequence[Sequence[RolloutGroup]]
     export: Path | None = None
+    send: bool = False
 
 
 @dataclass
@@ -28,28 +34,77 @@ class RankRun:
     """What one rank saw: its weights before the first step and after each one, and the results in between."""
 
     setup: Mapping[str, Any]
-    weights: list[dict[str, NDArray[np.float32]]] = field(default_factory=list)
+    weights: list[Weights] = field(default_factory=list)
     results: list[StepResult] = field(default_factory=list)
+    left_whole: list[str] = field(default_factory=list)  # sharded parameters found whole between two calls
+    most_whole: int = 0  # bytes of sharded parameters that were whole at a time while weights were read
+    received: dict[str, Any] = field(default_factory=dict)  # by an engine, raw bytes
+    digests: list[int] = field(default_factory=list)
 
 
 def run_rank(case: Case, rank: int, port: int, out: Path) -> None:
     import torch.distributed as dist
 
+    from pipelinerl.trainer.sharding import is_sharded
+    from pipelinerl.trainer.source import make_source
     from pipelinerl.trainer.worker import TrainerWorker
-    from pipelinerl.weights.sender import parameters_in_order
 
     worker = TrainerWorker(case.config, rank, "cpu")
     run = RankRun(worker.setup("127.0.0.1", port))
+    source = make_source(worker._policy.hf, SMALL_BUCKET)
 
-    def note_weights() -> None:
-        tensors = parameters_in_order(worker._policy.hf)  # what the sender would send
-        run.weights.append({name: tensor.float().numpy().copy() for name, tensor in tensors})
+    def whole() -> dict[str, int]:
+        """Bytes of the parameters that ZeRO 3 is to keep in shards and that are whole at this moment."""
+        parameters: list[tuple[str, Any]] = list(worker._policy.named_parameters())
+        return {name: p.nbytes for name, p in parameters if is_sharded(p) and not p.ds_persist}
 
-    note_weights()
-    for ranks, groups in zip(case.steps, case.groups, strict=True):
-        run.results.append(worker.step(ranks[rank], *groups))
-        note_weights()
-    if case.export and rank == 0:
+    def look() -> None:
+        run.left_whole += [name for name, nbytes in whole().items() if nbytes]
+        weights: Weights = {}
+        for bucket in source.buckets():  # what is sent
+            run.most_whole = max(run.most_whole, sum(whole().values()))
+            weights |= {parameter.name: tensor.float().numpy().copy() for parameter, tensor in bucket}
+        run.weights.append(weights)
+        run.left_whole += [name for name, nbytes in whole().items() if nbytes]
+
+    look()
+    for updates, groups in zip(case.steps, case.groups, strict=True):
+        run.results.append(worker.step([ranks[rank] for ranks in updates], *groups))
+        look()
+    if case.send:
+        send(worker, rank, run)
+    if case.export and (rank == 0 or case.config.trainer.zero_stage == 3):
         worker.export(str(case.export))
     dist.destroy_process_group()
     out.write_bytes(pickle.dumps(run))
+
+
+def send(worker: Any, rank: int, run: RankRun) -> None:
+    """Send the weights from rank 0 to a thread of it that receives them as an engine does."""
+    import torch.distributed as dist
+
+    from pipelinerl.weights.gloo_group import GlooGroup
+    from pipelinerl.weights.manifest import Manifest, offsets
+
+    if rank:
+        worker.send_weights()
+        return
+    info = worker.listen("gloo", "127.0.0.1")
+
+    def receive(manifest: Manifest, group: GlooGroup) -> dict[str, Any]:
+        return {
+            parameter.name: (parameter.dtype, parameter.shape, buffer[start : start + parameter.nbytes].numpy().copy())
+            for bucket, buffer in group.receive(manifest)
+            for parameter, start in zip(bucket, offsets(bucket)[0], strict=True)
+        }
+
+    def join() -> GlooGroup:
+        store = dist.TCPStore(info["address"], info["port"], is_master=False, timeout=timedelta(seconds=60))  # type: ignore[attr-defined]
+        return GlooGroup(store, info["epoch"], 1, 2, 60)
+
+    with ThreadPoolExecutor(1) as threads:
+        joining = threads.submit(join)
+        manifest = Manifest.from_dict(worker.connect(2))
+        receiving = threads.submit(receive, manifest, joining.result())
+        run.digests = worker.send_weights()["digests"]
+        run.received = receiving.result()

@@ -12,11 +12,16 @@ from typing import Any
 import numpy as np
 import yaml
 
+from pipelinerl.checkpoint.driver_state import DriverState
+from pipelinerl.checkpoint.manifest import FileRecord, secured
+from pipelinerl.checkpoint.saver import Saver
+from pipelinerl.checkpoint.store import FOLDER, CheckpointStore
 from pipelinerl.config.schema import RunConfig
 from pipelinerl.loop import Finished, Run
 from pipelinerl.metrics.log import MetricsLog
 from pipelinerl.metrics.rollouts import RolloutWriter
 from pipelinerl.rollout.buffer import GroupBuffer
+from pipelinerl.rollout.ledger import Ledger
 from pipelinerl.tasks.base import Env, Grade, Split
 from pipelinerl.tasks.stream import ProblemStream
 from pipelinerl.types import (
@@ -28,6 +33,8 @@ from pipelinerl.types import (
     Rollout,
     RolloutGroup,
     RolloutMeta,
+    SampleKL,
+    SampleRef,
     StepResult,
     Turn,
     VersionSpan,
@@ -50,6 +57,10 @@ class Gate:
 
     def open(self) -> None:
         self._open.set()
+
+    @property
+    def is_open(self) -> bool:
+        return self._open.is_set()
 
     async def pass_through(self) -> None:
         self.arrived += 1
@@ -118,17 +129,28 @@ class FakeFleet:
 class FakeTrainer:
     """Remembers what it was given. `gates[step]`, where there is one, holds that step up."""
 
-    def __init__(self) -> None:
-        self.batches: list[Sequence[RankBatch]] = []
+    def __init__(self, done: int = 0) -> None:
+        self.done = done  # steps
+        self.writing = Gate()  # of a snapshot; its write takes as long as the gate is closed
+        self.written: dict[str, FileRecord] | None = None
+        self.write_fails: Exception | None = None
+        self.updates: list[Sequence[Sequence[RankBatch]]] = []  # [step][update][rank]
         self.groups: list[list[RolloutGroup]] = []
         self.gates: dict[int, Gate] = {}
         self.skips: set[int] = set()  # steps that turn out not to be finite
         self.metrics: dict[int, dict[str, float]] = {}  # step -> what differs from the usual metrics
         self.fails_at: dict[int, Exception] = {}
+        self.kl: Callable[[SampleRef], SampleKL] = lambda ref: SampleKL(ref.group, ref.rollout, 0.0, 0.0, 0.0)
+        self.measured: list[list[SampleRef]] = []  # what KL was measured of, call by call
 
-    async def step(self, batches: Sequence[RankBatch], payloads: Sequence[Any]) -> StepResult:
-        step = len(self.batches) + 1
-        self.batches.append(batches)
+    async def reference_kl(self, updates: Sequence[Sequence[RankBatch]], payloads: Sequence[Any]) -> list[SampleKL]:
+        self.measured.append(references(updates))
+        return [self.kl(ref) for ref in reversed(self.measured[-1])]  # in any order
+
+    async def step(self, updates: Sequence[Sequence[RankBatch]], payloads: Sequence[Any]) -> StepResult:
+        self.done += 1
+        step = self.done
+        self.updates.append(updates)
         self.groups.append([await payload for payload in payloads])
         if step in self.gates:
             await self.gates[step].pass_through()
@@ -136,6 +158,20 @@ class FakeTrainer:
             raise self.fails_at[step]
         metrics = {"perf/train_s": 1e-6, "optim/loss": float(step), "optim/lr": 1e-6, "optim/grad_norm": 1.0}
         return StepResult(step, metrics | self.metrics.get(step, {}), applied=step not in self.skips)
+
+    async def snapshot(self, folder: str) -> None:
+        path = Path(folder) / "trainer-0.json"
+        path.write_text(f"version {self.done}")
+        self.written = {path.name: secured(path)}
+
+    async def checkpoint_poll(self) -> dict[str, FileRecord] | None:
+        if self.write_fails:
+            raise self.write_fails
+        return self.written if self.writing.is_open else None
+
+    async def export(self, target: str) -> None:
+        Path(target).mkdir()
+        (Path(target) / "version").write_text(str(self.done))
 
 
 class FakePublisher:
@@ -183,12 +219,13 @@ class FakeRun(Run):
 
 
 def small_config(*overrides: str) -> RunConfig:
-    """The schema's defaults, but 4 steps of 2 groups of 2 completions. Overrides are `section.key=value`."""
+    """The schema's defaults, but 4 steps of 2 groups of 2 completions and no checkpoints. Overrides are `section.key=value`."""
     data: dict[str, Any] = {
         "model": {"path": "a/model"},
         "task": {"kind": "sort"},
         "algo": {"kind": "reinforce_is"},
         "batch": {"groups_per_step": 2, "group_size": 2},
+        "checkpoint": {"every": 0},
         "steps": 4,
     }
     for override in overrides:
@@ -201,22 +238,29 @@ def small_config(*overrides: str) -> RunConfig:
     return RunConfig.model_validate(data)
 
 
-def fake_run(run_dir: Path, *overrides: str, held_out: int = 3) -> FakeRun:
-    """A run of `small_config(*overrides)` on fakes that writes to `run_dir`."""
+def fake_run(run_dir: Path, *overrides: str, held_out: int = 3, state: DriverState | None = None) -> FakeRun:
+    """A run of `small_config(*overrides)` on fakes that writes to `run_dir`, and goes on from `state`."""
     config, task = small_config(*overrides), FakeTask(held_out)
     fleet = FakeFleet(config.batch.group_size)
-    buffer = GroupBuffer[Finished](config.batch.groups_per_step, config.async_.lag_bound, config.steps)
-    return FakeRun(
+    state = state or DriverState(0, Ledger().to_dict(), 0.0)
+    ledger, lag = Ledger.resumed(state.ledger), config.async_.lag_bound
+    buffer = GroupBuffer[Finished](config.batch.groups_per_step, lag, config.steps, state.step, ledger)
+    trainer = FakeTrainer(state.step)
+    store = CheckpointStore(run_dir / FOLDER, config.checkpoint.keep_last, config.checkpoint.keep_best)
+    run = FakeRun(
         config=config,
         task=task,
         stream=ProblemStream(task.problems("train"), config.seed),
         buffer=buffer,
         fleet=fleet,
-        trainer=FakeTrainer(),
+        trainer=trainer,
         publisher=FakePublisher(fleet),
         log=MetricsLog(run_dir),
         rollouts=RolloutWriter(run_dir, config.metrics.rollout_groups_per_step),
+        saver=Saver(config, store, trainer, run_dir / "exports"),
     )
+    run.resume(state)
+    return run
 
 
 def make_rollout(reward: float, outcome: Outcome, first: int, last: int) -> Rollout:
@@ -233,6 +277,12 @@ def make_rollout(reward: float, outcome: Outcome, first: int, last: int) -> Roll
     )
     turn = Turn(np.zeros(PROMPT_TOKENS, dtype=np.int32), completion)
     return Rollout((turn,), reward, outcome, detail="" if outcome.scored else "no reward")
+
+
+def references(updates: Sequence[Sequence[RankBatch]]) -> list[SampleRef]:
+    """All that the updates [update][rank] train on, in order of group and rollout."""
+    refs = [ref for ranks in updates for batch in ranks for micro_batch in batch.micro_batches for ref in micro_batch]
+    return sorted(refs, key=lambda ref: (ref.group, ref.rollout))
 
 
 async def until(condition: Callable[[], bool]) -> None:

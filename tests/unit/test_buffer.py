@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelinerl.rollout.buffer import GroupBuffer
+from pipelinerl.rollout.ledger import Ledger
 from tests.unit.fakes import SECONDS, settle
 
 
@@ -180,6 +181,32 @@ async def test_a_dropped_group_is_counted_and_its_place_given_to_the_next() -> N
         await buffer.put(3, "group 3")
         assert await taking == ["group 1", "group 3"]
         assert buffer.dropped == {"errored": 2}
+
+
+async def test_a_resumed_buffer_admits_what_was_open_first_and_keeps_to_the_bound() -> None:
+    before: GroupBuffer[str] = GroupBuffer(groups_per_step=2, max_lag=1, steps=4)
+    async with Admissions(before) as admitted:
+        assert admitted.tickets == [0, 1, 2, 3]
+        for ticket in (0, 2, 3):
+            await before.put(ticket, f"group {ticket}")
+        await before.drop(1, "errored")
+        assert await before.take() == ["group 0", "group 2"]
+        before.ledger.trained([0, 2], 1)
+        await before.published(1)
+        await settle()
+        assert admitted.tickets == [0, 1, 2, 3, 4, 5, 6]
+        await before.put(5, "group 5")
+    # Ticket 3 is generated, 4 and 6 run, 5 is generated: all are sampled again, and fill the places of steps 2 and 3.
+    after: GroupBuffer[str] = GroupBuffer(2, 1, 4, version=1, ledger=Ledger.resumed(before.ledger.to_dict()))
+    async with Admissions(after) as admitted:
+        assert admitted.tickets == [3, 4, 5, 6]
+        for ticket in (6, 5, 4, 3):
+            await after.put(ticket, f"group {ticket}")
+        assert await after.take() == ["group 3", "group 4"]
+        await after.published(2)
+        await settle()
+        assert admitted.tickets == [3, 4, 5, 6, 7, 8]
+        assert after.dropped == {"errored": 1}
 
 
 async def test_a_waiter_that_is_cancelled_takes_nothing_with_it() -> None:

@@ -94,7 +94,7 @@ def test_train_help_lists_groups_options_and_defaults() -> None:
     ran = run("train", "--help")
     assert ran.code == 0
     for group, options in group_options().items():
-        assert f"  {group:<12} {', '.join(options)}\n" in ran.out
+        assert f"  {group:<16} {', '.join(options)}\n" in ran.out
     quickstart = load_config()
     assert f"trainer.lr={quickstart.trainer.lr} " in ran.out
     assert f"batch.group_size={quickstart.batch.group_size} " in ran.out

@@ -15,24 +15,52 @@ from pipelinerl.config.load import load_config
 from pipelinerl.config.preflight import TINY_MODELS, preflight
 from pipelinerl.config.schema import ReinforceIS, RunConfig, SortTask
 from pipelinerl.errors import ConfigError, EnvironmentProblem
+from tests.unit.configs import problems_of
 
-# What an option needs from its neighbours to make sense on top of the quickstart.
-COMPANIONS = {
-    "task=jsonl": ["task.path=rows.jsonl"],
-    "engine=gpu": ["cluster=local_gpu"],
-}
-OPTIONS = [f"{group}={option}" for group, options in group_options().items() for option in options]
+# A composition takes a tenth of a second, so each one below is of one option of every group.
+OPTIONS = group_options()
+WEIGHTS = {
+    "decoupled_ppo": "tis_token",
+    "a3po": "tis_sequence",
+}  # objectives that need a weight, which no other may have
+MASKS = [option for option in OPTIONS["algo/correction"] if option not in WEIGHTS.values()]
+DEVICES = [("local_cpu", "cpu"), ("local_gpu", "gpu"), ("ray", "gpu")]
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_every_file_in_conf_composes_and_validates(option: str) -> None:
-    config = load_config([option, *COMPANIONS.get(option, [])])
+def rows() -> list[list[str]]:
+    """Overrides that together name every option of every group but the experiments, in pairs that make sense."""
+    masks, found = iter(MASKS), []
+    for number, algo in enumerate(OPTIONS["algo"]):
+        cluster, engine = DEVICES[number % len(DEVICES)]
+        chosen = {"algo": algo, "algo/correction": WEIGHTS.get(algo) or next(masks, "none")}
+        chosen |= {"cluster": cluster, "engine": engine}
+        for group in OPTIONS.keys() - {"experiment"}:
+            chosen.setdefault(group, OPTIONS[group][number % len(OPTIONS[group])])
+        found.append([f"{group}={option}" for group, option in chosen.items()])
+        found[-1] += ["task.path=rows.jsonl"] if chosen["task"] == "jsonl" else []
+    return found
+
+
+@pytest.mark.parametrize("row", rows(), ids=lambda row: row[0])
+def test_every_file_in_conf_composes_and_validates(row: list[str]) -> None:
+    config = load_config(row)
     assert isinstance(config, RunConfig)
+    assert RunConfig.model_validate(config.dump()) == config
+    # A correction preset sets what it is called after, and nothing else.
+    correction = row[1].partition("=")[2]
+    on = {name for name, value in config.algo.correction.model_dump().items() if value is not None}
+    assert on == {"none": set(), "icepop_veto": {"icepop", "veto"}}.get(correction, {correction})
 
 
-def test_no_yaml_in_conf_is_out_of_the_reach_of_that_test() -> None:
+@pytest.mark.parametrize("experiment", OPTIONS["experiment"])
+def test_every_experiment_validates_as_it_is(experiment: str) -> None:
+    assert load_config([f"experiment={experiment}"]).name == experiment
+
+
+def test_no_yaml_in_conf_is_out_of_the_reach_of_these_tests() -> None:
     files = {str(file.relative_to(conf_dir())) for file in conf_dir().rglob("*.y*ml")}
-    assert files == {"config.yaml"} | {option.replace("=", "/") + ".yaml" for option in OPTIONS}
+    named = {override.replace("=", "/") + ".yaml" for row in rows() for override in row if "task.path" not in override}
+    assert files == {"config.yaml"} | named | {f"experiment/{option}.yaml" for option in OPTIONS["experiment"]}
 
 
 def test_without_an_experiment_the_quickstart_is_meant() -> None:
@@ -68,11 +96,6 @@ def test_sync_mode_needs_no_second_setting() -> None:
     assert load_config(["async.mode=sync"]).async_.lag_bound == 0
 
 
-def test_a_dumped_configuration_validates_to_itself() -> None:
-    config = load_config(["experiment=longform"])
-    assert RunConfig.model_validate(config.dump()) == config
-
-
 def test_the_working_directory_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert load_config(["model.path=here/m"]).model.path == "here/m"
@@ -87,11 +110,12 @@ def test_a_missing_tiny_model_comes_with_the_command_that_makes_it(
         preflight(load_config([f"task={task}", f"model={model}"]))
 
 
+# Mistakes in single keys. Those of different keys are made together, for all are reported at once.
 MISTAKES = [
     # unknown keys, however they are written
     ("trainer.lrr=1", "trainer.lrr = 1: unknown key; did you mean trainer.lr?"),
-    ("+trainer.lrr=1", "trainer.lrr = 1: unknown key; did you mean trainer.lr?"),
-    ("++trainer.lrr=1", "trainer.lrr = 1: unknown key; did you mean trainer.lr?"),
+    ("+trainer.lrs=1", "trainer.lrs = 1: unknown key; did you mean trainer.lr?"),
+    ("++trainer.llr=1", "trainer.llr = 1: unknown key; did you mean trainer.lr?"),
     ("+new.key=1", "new.key = 1: unknown key"),
     ("asnyc.max_lag=3", "asnyc.max_lag = 3: unknown key; did you mean async.max_lag?"),
     ("async_.max_lag=3", "async_.max_lag = 3: unknown key; did you mean async.max_lag?"),
@@ -100,15 +124,15 @@ MISTAKES = [
     ("metrics.wandb.modee=x", "metrics.wandb.modee = 'x': unknown key; did you mean metrics.wandb.mode?"),
     ("task.digit=4", "task.digit = 4: unknown key; did you mean task.digits?"),
     ("tasks=sort", "tasks = 'sort': unknown key; did you mean task?"),
-    ("algo.max_ratio=2", "algo.max_ratio = 2: no setting of algo.kind=ppo_clip, only of algo.kind=reinforce_is"),
+    ("algo.clip_lo=0.1", "algo.clip_lo = 0.1: unknown key; did you mean algo.clip_low?"),
+    ("algo.correction.vetoo=1", "algo.correction.vetoo = 1: unknown key; did you mean algo.correction.veto?"),
+    ("algo.kl.coeff=1", "algo.kl.coeff = 1: unknown key; did you mean algo.kl.coef?"),
+    (
+        "algo.max_ratio=2",
+        "algo.max_ratio = 2: no setting of algo.kind=ppo_clip, only of algo.kind=two_sided, reinforce_is, cispo, topr",
+    ),
+    ("algo.tau_positive=2", "algo.tau_positive = 2: no setting of algo.kind=ppo_clip, only of algo.kind=sapo"),
     ("task.path=x", "task.path = 'x': no setting of task.kind=sort, only of task.kind=jsonl"),
-    # unknown options
-    ("task=sortt", "task = 'sortt': no such option of the group task; did you mean sort?"),
-    ("experiment=quickstrat", "experiment = 'quickstrat': no such option of the group experiment; did you mean quick"),
-    ("task=sort_defaults", "task = 'sort_defaults': no such option"),
-    ("trainer=3", "trainer = '3': no such option of the group trainer (cpu, gpu)"),
-    ("task.kind=jsonl", "task.kind = 'jsonl': a kind is chosen by its group; task=OPTION"),
-    ("algo={kind: reinforce_is}", "algo = '{kind: reinforce_is}': a kind is chosen by its group"),
     # types and ranges
     ("trainer.lr=abc", "trainer.lr = 'abc': should be a number"),
     ("trainer.lr=true", "trainer.lr = true: should be a number"),
@@ -123,21 +147,46 @@ MISTAKES = [
     ("name=2024", "name = 2024: should be text; quote it to make it text: '\"2024\"'"),
     ("run_dir=", "run_dir = '': should not be empty"),
     ("model.dtype=float16", "model.dtype = 'float16': should be bfloat16 or float32; did you mean bfloat16?"),
-    ("trainer.zero_stage=3", "trainer.zero_stage = 3: should be 1 or 2"),
+    ("trainer.zero_stage=4", "trainer.zero_stage = 4: should be 0, 1, 2 or 3"),
     ("engine.chunked_prefill=false", "engine.chunked_prefill = false: should be true"),
     ("trainer.betas=[0.9]", "trainer.betas = [0.9]: has too few values"),
     ("trainer.betas=[0.9,x]", "trainer.betas[1] = 'x': should be a number"),
     ("async=5", "async = 5: is a section; set async.mode, async.max_lag"),
-    ("task=jsonl", "task.path: required; set task.path=..."),
+    ("algo.advantage=loo", "algo.advantage = 'loo': should be rloo, grpo, dr_grpo, reinforce_pp, "),
+    (
+        "algo.aggregation=token",
+        "algo.aggregation = 'token': should be token_mean, seq_mean_token_mean, seq_mean_token_sum, constant or "
+        "prompt_mean; did you mean token_mean?",
+    ),
+    ("algo.correction.geometric=[0.9]", "algo.correction.geometric = [0.9]: has too few values"),
+    ("algo.correction.icepop=2", "algo.correction.icepop = 2: should be a list"),
+    ("algo.correction.veto=0", "algo.correction.veto = 0: should be greater than 0"),
+    ("algo.kl.importance_cap=0.5", "algo.kl.importance_cap = 0.5: should be greater than or equal to 1"),
+    ("algo.entropy.anneal_steps=0", "algo.entropy.anneal_steps = 0: should be greater than 0"),
+    ("batch.zero_variance=drop", "batch.zero_variance = 'drop': should be keep or refill"),
+    ("reward.weights={match: x}", "reward.weights.match = 'x': should be a number"),
     ("model.path=???", "model.path: required; set model.path=..."),
-    # settings that contradict each other
-    ("sampling.top_p=0.9", "sampling.top_p=0.9 changes the sampled distribution"),
-    ("model.head_dtype=bfloat16", "model.head_dtype=bfloat16 with dtype=float32"),
-    ("eval.samples=4", "eval.samples=4 at temperature=0"),
-    ("engine=gpu", "engine.kv_cache_mb=null with cluster.device=cpu"),
-    ("cluster.address=auto", "cluster.object_store_mb=256 is for a local cluster"),
-    ("weights.backend=nccl", "weights.backend=nccl needs GPUs, cluster.device=cpu has none"),
-    ("weights.every=4", "async.max_lag=2 with weights.every=4"),
+]
+
+# What stops before anything is composed, and what Hydra itself stops at.
+MALFORMED = [
+    # unknown options
+    ("task=sortt", "task = 'sortt': no such option of the group task; did you mean sort?"),
+    ("experiment=quickstrat", "experiment = 'quickstrat': no such option of the group experiment; did you mean quick"),
+    ("task=sort_defaults", "task = 'sort_defaults': no such option"),
+    ("trainer=3", "trainer = '3': no such option of the group trainer (cpu, gpu)"),
+    ("task.kind=jsonl", "task.kind = 'jsonl': a kind is chosen by its group; task=OPTION"),
+    ("algo={kind: reinforce_is}", "algo = '{kind: reinforce_is}': a kind is chosen by its group"),
+    (
+        "algo/correction=icepopp",
+        "algo/correction = 'icepopp': no such option of the group algo/correction; did you mean ic",
+    ),
+    ("algo/corection=icepop", "algo/corection = 'icepop': no such group; did you mean algo/correction?"),
+    ("+algo/nope=1", "algo/nope = '1': no such group"),
+    (
+        "algo.correction=icepop",
+        "algo.correction = 'icepop': is a section; its presets are the group algo/correction=icepop",
+    ),
     # syntax
     ("trainer.lr", "'trainer.lr': not a setting; write key=value"),
     ("=3", "'=3': not a setting; write key=value"),
@@ -152,15 +201,139 @@ MISTAKES = [
     ("run_dir=${nope}", "run_dir = '${nope}': Interpolation key 'nope' not found"),
     ("run_dir=${oc.env:NO_SUCH_VARIABLE}", "run_dir = '${oc.env:NO_SUCH_VARIABLE}': KeyError raised"),
     ("steps=${steps}", "steps = '${steps}': Recursive interpolation"),
+    # what an option needs
+    ("task=jsonl", "task.path: required; set task.path=..."),
+]
+
+# Settings that contradict each other.
+CONTRADICTIONS = [
+    (["sampling.top_p=0.9"], "sampling.top_p=0.9 changes the sampled distribution"),
+    (["model.head_dtype=bfloat16"], "model.head_dtype=bfloat16 with dtype=float32"),
+    (["eval.samples=4"], "eval.samples=4 at temperature=0"),
+    (["engine=gpu"], "engine.kv_cache_mb=null with cluster.device=cpu"),
+    (["cluster.address=auto"], "cluster.object_store_mb=256 is for a local cluster"),
+    (["weights.backend=nccl"], "weights.backend=nccl needs GPUs, cluster.device=cpu has none"),
+    (["weights.every=4"], "async.max_lag=2 with weights.every=4"),
+    # one importance ratio, counted once
+    (
+        ["algo.correction.tis_token=2"],
+        "algo.correction.tis_token with proximal=rollout: the objective's ratio holds that",
+    ),
+    (["algo=gspo", "algo.correction.tis_sequence=2"], "algo.correction.tis_sequence with proximal=rollout"),
+    (
+        ["algo=cispo", "algo.correction.tis_token=2"],
+        "algo.correction.tis_token with an objective that holds the ratio to",
+    ),
+    (["algo.proximal=recompute"], "algo.proximal=recompute without an importance weight leaves the gap"),
+    (["algo.proximal=interpolate"], "algo.proximal=interpolate without an importance weight leaves the gap"),
+    (
+        ["algo=decoupled_ppo", "algo.correction.tis_sequence=2"],
+        "algo.correction.tis_token and correction.tis_sequence would count x twice",
+    ),
+    (
+        ["algo=a3po", "algo.correction.icepop=[0.5,2]"],
+        "algo.correction.tis_token and correction.icepop would count x twice",
+    ),
+    (["algo.correction.icepop=[1.5,2]"], "algo.correction.icepop=[1.5, 2.0] is no band around a ratio of 1"),
+    (["algo.correction.geometric=[0.5,0.9]"], "algo.correction.geometric=[0.5, 0.9] is no band around a ratio of 1"),
+    (
+        ["algo.correction.sequence_mis=[2,0.5]"],
+        "algo.correction.sequence_mis=[2.0, 0.5] is no band around a ratio of 1",
+    ),
+    (["algo=two_sided", "algo.max_ratio=1.2"], "algo.max_ratio=1.2 is not above 1 + clip_high=1.28"),
+    # KL, entropy
+    (["algo.kl.estimator=k1"], "algo.kl.estimator=k1 with place=loss: the expected gradient of k1 is zero"),
+    (["algo.kl.place=reward"], "algo.kl.estimator=k2 with place=reward is biased"),
+    (["algo.kl.anneal_steps=5"], "algo.kl.anneal_steps=5 without a final_coef"),
+    (["algo.entropy.anneal_steps=5"], "algo.entropy.anneal_steps=5 without a final_coef"),
+    (["algo.kl.reference=a/b"], "algo.kl.reference does nothing with algo.kl.coef=0"),
+    (["algo.kl.offload=true"], "algo.kl.offload does nothing with algo.kl.coef=0"),
+    # rewards
+    (["reward.overlong_buffer=12"], "reward.overlong_buffer=12 is not below sampling.max_tokens=12"),
+    (["reward.overlong_penalty=0.5"], "reward.overlong_penalty=0.5 does nothing with reward.overlong_buffer=null"),
+    (["algo.advantage=maxrl", "reward.overlong_buffer=4"], "reward.overlong_buffer=4 with algo.advantage=maxrl makes"),
+    (
+        ["algo.advantage=gdpo", "reward.length_penalty=0.1"],
+        "reward.length_penalty=0.1 with algo.advantage=gdpo is no rew",
+    ),
+    (
+        ["algo.advantage=maxrl", "algo.kl.coef=0.1", "algo.kl.place=reward", "algo.kl.estimator=k1"],
+        "algo.kl.place=reward with algo.advantage=maxrl makes rewards negative",
+    ),
+    # what can be kept in host memory
+    (["trainer.offload_parameters=true"], "trainer.offload_parameters=true with trainer.zero_stage=1"),
+    (["trainer.offload_optimizer=true", "trainer.zero_stage=0"], "trainer.offload_optimizer=true with trainer.zero_s"),
+    (
+        ["trainer.offload_optimizer=true", "model.dtype=bfloat16"],
+        "trainer.offload_optimizer=true with trainer.zero_stage=1 and model.dtype=bfloat16",
+    ),
+    # shares of the work
+    (["batch.updates=3"], "batch.updates=3 does not divide groups_per_step=64"),
+    (["trainer.ranks=3", "trainer.sequence_parallel=2"], "trainer.sequence_parallel=2 does not divide trainer.ranks=3"),
+    (
+        ["trainer.ranks=9", "batch.updates=64"],
+        "batch.groups_per_step * batch.group_size / batch.updates=64 = 8 samples",
+    ),
+    (["trainer.ranks=513"], "batch.groups_per_step * batch.group_size = 512 samples cannot feed trainer.ranks=513"),
 ]
 
 
-@pytest.mark.parametrize(("override", "message"), MISTAKES)
-def test_a_mistake_is_one_line_with_key_value_and_remedy(override: str, message: str) -> None:
+def of_different_keys(mistakes: list[tuple[str, str]]) -> list[dict[str, str]]:
+    """The mistakes, message by override, in as few parts as have no key in two ways (nor a section and its key)."""
+    parts: list[dict[str, str]] = []
+    for override, message in mistakes:
+        key = override.lstrip("+").partition("=")[0]
+        taken = ([o.lstrip("+").partition("=")[0] for o in part] for part in parts)
+        part = next((part for part, keys in zip(parts, taken, strict=True) if key not in keys), None)
+        if part is None:
+            parts.append(part := {})
+        part[override] = message
+    return parts
+
+
+@pytest.mark.parametrize("mistakes", of_different_keys(MISTAKES), ids=len)
+def test_each_mistake_is_one_line_with_key_value_and_remedy(mistakes: dict[str, str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(list(mistakes))
+    lines = str(caught.value).splitlines()
+    for override, message in mistakes.items():
+        assert [line for line in lines if line.startswith(message)], (override, lines)
+    assert len(lines) == len(mistakes)
+
+
+@pytest.mark.parametrize(("override", "message"), MALFORMED)
+def test_what_cannot_be_composed_is_one_line_with_key_value_and_remedy(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config([override])
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("overrides", "message"), CONTRADICTIONS)
+def test_a_contradiction_is_one_line_that_names_both_settings(overrides: list[str], message: str) -> None:
+    group_overrides = [override for override in overrides if override.partition("=")[0] in OPTIONS]
+    if group_overrides == ["engine=gpu"]:  # contradicts what it is composed with
+        with pytest.raises(ConfigError) as caught:
+            load_config(overrides)
+        (line,) = str(caught.value).splitlines()
+    else:
+        (line,) = problems_of(*overrides)
+    assert line.startswith(message)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["algo=decoupled_ppo", "algo.correction.veto=0.0001"],  # a mask on top of a weight
+        ["algo=cispo", "algo.correction.icepop=[0.5,5]"],  # of which only the mask acts
+        ["algo.kl.place=reward", "algo.kl.estimator=k1", "algo.kl.coef=0.1", "algo.advantage=reinforce_pp"],
+        ["algo.kl.final_coef=0.1", "algo.kl.reference=a/b"],
+        ["reward.overlong_buffer=4", "reward.overlong_penalty=0.5", "algo.mask_truncated=true"],
+        ["batch.updates=4", "trainer.ranks=4", "trainer.sequence_parallel=2"],
+    ],
+)
+def test_what_goes_together_is_taken(overrides: list[str]) -> None:
+    assert problems_of(*overrides) == []
 
 
 def test_all_problems_are_reported_at_once() -> None:

@@ -206,7 +206,8 @@ async def test_an_environment_that_breaks_its_contract_is_an_env_error(step: Env
 
 
 async def group(make_env: Callable[[Problem], Any], generate: GenerateFn, size: int = 3) -> Any:
-    return await run_group(5, Problem("train/17", {"number": 7}), size, make_env, generate, RENDERER, 100)
+    problem = Problem("train/17", {"number": 7})
+    return await run_group(5, problem, size, make_env, lambda _: generate, RENDERER, 100)
 
 
 async def test_a_group_plays_at_the_same_time_in_environments_of_their_own() -> None:

@@ -19,7 +19,8 @@ from pipelinerl.errors import WeightSyncError
 from pipelinerl.weights.digest import digest
 from pipelinerl.weights.gloo_group import GlooGroup
 from pipelinerl.weights.manifest import Manifest, offsets
-from pipelinerl.weights.sender import GlooSender, manifest_of, parameters_in_order
+from pipelinerl.weights.sender import GlooSender
+from pipelinerl.weights.source import Bucket, WholeModel, parameters_in_order
 
 TIMEOUT_S = 60.0
 
@@ -74,9 +75,10 @@ def test_every_receiver_gets_every_bit_of_update_after_update(bucket_bytes: int)
     with receivers(sender, count=2) as (threads, groups):
         for seed in range(2):
             model = Tied(seed)
-            manifest = manifest_of(model, bucket_bytes)
-            receiving = [threads.submit(receive, group, Manifest.from_dict(manifest.to_dict())) for group in groups]
-            digests = sender.send(model, manifest)
+            source = WholeModel(model, bucket_bytes)
+            manifest = Manifest.from_dict(source.manifest.to_dict())
+            receiving = [threads.submit(receive, group, manifest) for group in groups]
+            digests = sender.send(source)
             for future in receiving:
                 received = future.result()
                 assert digests == [digest(tensor) for tensor in received.values()]
@@ -89,14 +91,14 @@ def test_every_receiver_gets_every_bit_of_update_after_update(bucket_bytes: int)
 def test_digests_are_made_only_when_asked_for() -> None:
     sender = GlooSender(TIMEOUT_S)
     with receivers(sender, count=1) as (threads, groups):
-        manifest = manifest_of(Tied(0), 400)
-        receiving = threads.submit(receive, groups[0], manifest)
-        assert sender.send(Tied(0), manifest, with_digests=False) == []
+        source = WholeModel(Tied(0), 400)
+        receiving = threads.submit(receive, groups[0], source.manifest)
+        assert sender.send(source, with_digests=False) == []
         receiving.result()
 
 
 def test_a_tied_weight_is_sent_once_and_sizes_are_those_of_the_tensors() -> None:
-    manifest = manifest_of(Tied(0), 64)
+    manifest = WholeModel(Tied(0), 64).manifest
     assert [(p.name, p.dtype, p.shape, p.nbytes) for p in manifest.parameters] == [
         ("odd", "bfloat16", (3, 5, 1), 2 * 15),
         ("scale", "float32", (), 4),
@@ -126,43 +128,79 @@ os._exit(1)
 """
 
 
-def four_buckets() -> tuple[nn.Module, Manifest]:
+def four_buckets() -> WholeModel:
     """Four matrices of 256 KiB, each a bucket."""
-    model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(4)))
-    return model, manifest_of(model, 2**18)
+    return WholeModel(nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(4))), 2**18)
 
 
 def test_a_receiver_that_dies_in_a_transfer_is_an_error_and_no_hang() -> None:
-    model, manifest = four_buckets()
+    source = four_buckets()
     sender = GlooSender(TIMEOUT_S)
-    arguments = [json.dumps(part) for part in (sender.listen("127.0.0.1"), manifest.to_dict())]
+    arguments = [json.dumps(part) for part in (sender.listen("127.0.0.1"), source.manifest.to_dict())]
     receiver = subprocess.Popen([sys.executable, "-c", DYING_RECEIVER, *arguments])
     try:
         sender.connect(2)
         started = time.monotonic()
         with pytest.raises(WeightSyncError, match=r"trainer rank 0: .* near parameter [1-3]\.weight"):
-            sender.send(model, manifest)
+            sender.send(source)
         assert time.monotonic() - started < TIMEOUT_S / 2  # by the broken connection, long before the timeout
         with pytest.raises(WeightSyncError):  # the group is of no more use, and says so
-            sender.send(model, manifest)
+            sender.send(source)
     finally:
         receiver.kill()
         receiver.wait()
 
 
 def test_a_receiver_that_stops_taking_is_an_error_after_the_timeout() -> None:
-    model, manifest = four_buckets()
+    source = four_buckets()
     sender = GlooSender(timeout_s=1.0)
     with receivers(sender, count=1) as (threads, [group]):
-        taking = group.receive(manifest)
+        taking = group.receive(source.manifest)
         first = threads.submit(next, taking)
         with pytest.raises(WeightSyncError, match="trainer rank 0"):
-            sender.send(model, manifest)
-        assert first.result()[0] == [manifest.parameters[0]]
+            sender.send(source)
+        assert first.result()[0] == [source.manifest.parameters[0]]
+
+
+class Together:
+    """A source that all ranks run through, as one whose buckets are gathered. Its tensors hold one bucket long."""
+
+    collective = True
+
+    def __init__(self) -> None:
+        whole = four_buckets()
+        self._whole, self.manifest = whole, whole.manifest
+        self.given: list[str] = []
+
+    def buckets(self) -> Iterator[Bucket]:
+        for bucket in self._whole.buckets():
+            self.given += [parameter.name for parameter, _ in bucket]
+            copies = [(parameter, tensor.clone()) for parameter, tensor in bucket]
+            yield copies
+            for _, tensor in copies:
+                tensor.fill_(torch.nan)
+
+
+def test_tensors_that_hold_one_bucket_long_arrive_as_they_were() -> None:
+    sender, source = GlooSender(TIMEOUT_S), Together()
+    with receivers(sender, count=1) as (threads, [group]):
+        receiving = threads.submit(receive, group, source.manifest)
+        digests = sender.send(source)
+        received = receiving.result()
+    assert all(bool(tensor.isfinite().all()) for tensor in received.values())
+    assert [digest(tensor) for tensor in received.values()] == digests
+
+
+def test_a_collective_source_is_run_to_its_end_when_the_receiver_fails() -> None:
+    """Or the other trainer ranks would wait for this one's part in the buckets that are left."""
+    sender, source = GlooSender(timeout_s=1.0), Together()
+    with receivers(sender, count=1), pytest.raises(WeightSyncError):
+        sender.send(source)
+    assert source.given == [f"{index}.weight" for index in range(4)]
 
 
 def test_a_receiver_waits_no_longer_than_the_timeout() -> None:
-    _, manifest = four_buckets()
+    manifest = four_buckets().manifest
     sender = GlooSender(timeout_s=0.5)
     with (
         receivers(sender, count=1) as (threads, [group]),

@@ -14,7 +14,7 @@ from pipelinerl.errors import BudgetSpent, EnvironmentProblem, PipelineRLError, 
 from pipelinerl.loop import train
 from pipelinerl.metrics.log import read_metrics
 from pipelinerl.metrics.rollouts import read_rollouts
-from pipelinerl.types import Outcome
+from pipelinerl.types import Outcome, SampleKL
 from tests.unit.fakes import (
     COMPLETION_TOKENS,
     PROMPT_TOKENS,
@@ -22,6 +22,7 @@ from tests.unit.fakes import (
     FakeRun,
     Gate,
     fake_run,
+    references,
     settle,
     small_config,
     until,
@@ -239,19 +240,19 @@ async def test_sync_generation_stands_still_during_step_and_update(tmp_path: Pat
 
 
 async def test_completions_that_were_not_scored_are_in_no_batch_and_no_denominator(tmp_path: Path) -> None:
-    run = fake_run(tmp_path, "batch.group_size=4", "steps=1", "algo.advantage=loo")
+    run = fake_run(tmp_path, "batch.group_size=4", "steps=1")
     run.fleet.outcomes = lambda group: [OK, ERROR, OK, OK] if group == 1 else [OK] * 4
     run.fleet.rewards = lambda group: [1.0, float("nan") if group == 1 else 1.0, 0.0, 0.0]
     await finish(run)
-    [[batch]] = run.trainer.batches
-    refs = {(ref.group, ref.rollout): ref for micro_batch in batch.micro_batches for ref in micro_batch}
+    [updates] = run.trainer.updates
+    refs = {(ref.group, ref.rollout): ref for ref in references(updates)}
     assert all(ref.length == PROMPT_TOKENS + COMPLETION_TOKENS for ref in refs.values())
     # Leave-one-out. Group 0, rewards 1 1 0 0: 1 - 1/3 twice, then 0 - 2/3 twice.
     # Group 1, rewards 1 - 0 0: 1 - 0, then 0 - 1/2 twice; rollout 1 is nowhere.
     two_thirds = {(0, 0): 2 / 3, (0, 1): 2 / 3, (0, 2): -2 / 3, (0, 3): -2 / 3}
     expected = two_thirds | {(1, 0): 1.0, (1, 2): -0.5, (1, 3): -0.5}
     assert {place: ref.advantage for place, ref in refs.items()} == pytest.approx(expected)
-    assert (batch.samples, batch.loss_tokens) == (7, 7 * COMPLETION_TOKENS)
+    assert all(ref.weight == 1 / (7 * COMPLETION_TOKENS) for ref in refs.values())
     [line] = lines(run, "train")
     assert (line["groups/errored"], line["outcome/env_error"], line["reward/mean"]) == (1, 1, pytest.approx(3 / 7))
 
@@ -279,8 +280,58 @@ async def test_too_many_unusable_groups_in_a_row_end_the_run(tmp_path: Path) -> 
     error = await error_of(run)
     assert isinstance(error, BudgetSpent) and error.exit_code == 5
     assert "3 groups in a row" in str(error) and "batch.max_dropped_groups_in_a_row" in str(error)
+    assert "3 errored" in str(error)
     assert "no reward" in str(error)  # what the last one said
     assert run.buffer.dropped == {"errored": 4}  # group 1 counts too, but groups 2 and 3 were in between
+
+
+async def test_groups_of_equal_rewards_are_refilled_from_the_stream_and_counted(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, "batch.zero_variance=refill")
+    run.fleet.rewards = lambda group: [0.5, 0.5] if group in (1, 2, 5) else [0.0, 1.0]
+    await finish(run)
+    assert trained_ids(run) == [[0, 3], [4, 6], [7, 8], [9, 10]]
+    assert run.buffer.dropped == {"zero_variance": 3}
+    train_lines = lines(run, "train")
+    assert sum(line["groups/zero_variance"] for line in train_lines) == 3  # each is reported once
+    assert all(line["groups/zero_var_frac"] == 0 and line["groups/errored"] == 0 for line in train_lines)
+
+
+async def test_without_refill_groups_of_equal_rewards_are_trained_on(tmp_path: Path) -> None:
+    run = fake_run(tmp_path)
+    run.fleet.rewards = lambda group: [0.5, 0.5] if group in (1, 2, 5) else [0.0, 1.0]
+    await finish(run)
+    assert trained_ids(run) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert [line["groups/zero_var_frac"] for line in lines(run, "train")] == [0.5, 0.5, 0.5, 0]
+    assert [line["adv/abs_mean"] for line in lines(run, "train")] == [0.5, 0.5, 0.5, 1]
+
+
+async def test_when_no_group_has_different_rewards_the_run_ends_with_the_reasons(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, "batch.zero_variance=refill", "batch.max_dropped_groups_in_a_row=4", "async.max_lag=0")
+    run.fleet.rewards = lambda group: [0.5, 0.5]
+    run.fleet.outcomes = lambda group: [ERROR, ERROR] if group == 2 else [OK, OK]
+    error = await error_of(run)
+    assert isinstance(error, BudgetSpent)
+    assert "4 groups in a row" in str(error) and "3 zero_variance, 1 errored" in str(error)
+    assert "its rewards are all equal; batch.zero_variance=keep" in str(error)
+
+
+async def test_a_kl_in_the_reward_is_measured_on_the_very_batches_that_are_trained_on(tmp_path: Path) -> None:
+    settings = ["algo.kl.place=reward", "algo.kl.estimator=k1", "algo.kl.coef=0.5", "steps=2", "batch.updates=2"]
+    run = fake_run(tmp_path, *settings)
+    run.trainer.kl = lambda ref: SampleKL(ref.group, ref.rollout, 0.4 * ref.rollout, 1.0, 1.0)
+    await finish(run)
+    for measured, updates in zip(run.trainer.measured, run.trainer.updates, strict=True):
+        trained = references(updates)
+        assert [(ref.group, ref.rollout) for ref in measured] == [(ref.group, ref.rollout) for ref in trained]
+        # rewards 0 and 1; leave-one-out of 0 and 1 - .5 * .4
+        assert [ref.advantage for ref in trained] == pytest.approx([-0.8, 0.8] * 2)
+    assert [line["reward/kl_mean"] for line in lines(run, "train")] == pytest.approx([0.1, 0.1])
+
+
+async def test_without_a_kl_in_the_reward_nothing_is_measured(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, "algo.kl.coef=0.5", "steps=2")
+    await finish(run)
+    assert run.trainer.measured == [] and len(run.trainer.updates) == 2
 
 
 async def test_too_many_skipped_steps_in_a_row_end_the_run_after_they_are_logged(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelinerl.errors import ConfigError
-from pipelinerl.metrics.records import group_metrics, tokens_by_lag, weighted_percentile
+from pipelinerl.metrics.records import group_metrics, tokens_by_lag, trained_metrics, weighted_percentile
 from pipelinerl.types import GroupMeta, Outcome, RolloutMeta
 
 
@@ -35,7 +35,7 @@ def test_a_step_by_hand() -> None:
         ),
         group(rollout(1.0, {4: 1, 5: 4}), rollout(7.0, {0: 99}, Outcome.ENV_ERROR), id=1),
     ]
-    metrics = group_metrics(groups, version=5, dropped={"stale": 2, "errored": 1, "filtered": 3, "overlong": 4})
+    metrics = group_metrics(groups, version=5, dropped={"stale": 2, "errored": 1, "zero_variance": 3, "overlong": 4})
     # scored rewards 1, 0, 1: mean 2/3, variance (1/9 + 4/9 + 1/9) / 3 = 2/9
     assert metrics["reward/mean"] == pytest.approx(2 / 3)
     assert metrics["reward/std"] == pytest.approx(math.sqrt(2 / 9))
@@ -53,7 +53,7 @@ def test_a_step_by_hand() -> None:
     # group 0 has rewards 1 and 0; group 1 has one scored reward, so no spread
     assert metrics["groups/zero_var_frac"] == 0.5
     assert metrics["groups/errored"] == 1 + 1
-    assert metrics["groups/filtered"] == 3
+    assert metrics["groups/zero_variance"] == 3
     assert metrics["groups/overlong"] == 4
     assert metrics["completion/tokens_mean"] == pytest.approx(25 / 3)
     assert metrics["completion/tokens_max"] == 10
@@ -90,6 +90,30 @@ def test_tokens_from_the_future_are_a_bug() -> None:
 def test_component_that_would_hide_a_statistic_is_refused() -> None:
     with pytest.raises(ConfigError, match="'max'"):
         group_metrics([group(rollout(1.0, {0: 1}, components={"max": 1.0}))], version=0)
+
+
+def test_what_is_trained_on_by_hand() -> None:
+    groups = [
+        group(rollout(1.0, {0: 1}), rollout(0.0, {0: 1})),
+        group(rollout(1.0, {0: 1}), rollout(9.0, {0: 1}, Outcome.ENV_ERROR)),
+    ]
+    advantages = [np.array([1.5, -0.5], np.float32), np.array([0.25, 0.0], np.float32)]
+    asked = [np.array([1.0, 0.0], np.float32), np.array([1.0, math.nan], np.float32)]
+    # (1.5 + .5 + .25) / 3, the errored one left out
+    assert trained_metrics(groups, asked, advantages) == {"adv/abs_mean": 0.75}
+    # gdpo does not read the reward of a task that has components, so it may be nan
+    without = [group(rollout(math.nan, {0: 1}), rollout(0.0, {0: 1}))]
+    assert trained_metrics(without, [np.array([math.nan, 0.0], np.float32)], advantages) == {"adv/abs_mean": 1.0}
+    shaped = [np.array([1.0, -1.0], np.float32), np.array([0.0, math.nan], np.float32)]
+    # 1 -1 0: mean 0, variance 2/3
+    assert trained_metrics(groups, shaped, advantages, [0.25, 0.0, 0.5]) == pytest.approx(
+        {
+            "adv/abs_mean": 0.75,
+            "reward/shaped_mean": 0.0,
+            "reward/shaped_std": math.sqrt(2 / 3),
+            "reward/kl_mean": 0.25,
+        }
+    )
 
 
 @pytest.mark.parametrize(

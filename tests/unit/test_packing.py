@@ -114,10 +114,13 @@ def test_eight_ranks_are_balanced_on_log_normal_lengths(seed, capacity):
 
 @settings(max_examples=8, deadline=None)
 @given(seeds)
-def test_passes_are_full_on_many_samples(seed):
+def test_passes_are_full_and_ranks_in_step_with_many_samples(seed):
     lengths = completions(seed, 3000, 8192)
-    packed = pack(lengths, 4, 8192)
-    assert sum(lengths) / (4 * len(packed[0]) * 8192) >= 0.97
+    packed = pack(lengths, 8, 8192)
+    assert sum(lengths) / (8 * len(packed[0]) * 8192) >= 0.97
+    # ranks wait for each other after each micro-batch: what they wait for is the largest of each row
+    waited_for = sum(max(row) for row in zip(*loads(packed, lengths), strict=True))
+    assert waited_for / (sum(lengths) / 8) <= 1.05
 
 
 @settings(max_examples=15, deadline=None)
@@ -128,10 +131,10 @@ def test_micro_batches_of_one_rank_are_alike(seed):
     assert max(rank) / min(rank) <= 1.05
 
 
-def test_rank_batches_carry_the_references_and_the_global_counts():
+def test_rank_batches_carry_the_references_and_the_kl_to_go():
     refs = [SampleRef(group=g, rollout=r, advantage=g - r, length=10 * (g + r + 1)) for g in range(2) for r in range(2)]
-    batches = rank_batches(refs, ranks=2, micro_batch_tokens=50, loss_tokens=33)
+    batches = rank_batches(refs, ranks=2, micro_batch_tokens=50, kl_to_go=0.25)
     # lengths 10, 20, 20, 30 -> [30, 10] and [20, 20]
     assert [[len(micro) for micro in batch.micro_batches] for batch in batches] == [[2], [2]]
     assert batches[0].micro_batches[0] == (refs[3], refs[0]) and batches[1].micro_batches[0] == (refs[1], refs[2])
-    assert all(batch.loss_tokens == 33 and batch.samples == 4 for batch in batches)
+    assert all(batch.kl_to_go == 0.25 for batch in batches)

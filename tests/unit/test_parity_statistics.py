@@ -8,7 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelinerl.config.schema import GSPO, PPOClip, ReinforceIS
+from pipelinerl.config.schema import (
+    CISPO,
+    DPPOTV,
+    GSPO,
+    SAPO,
+    TOPR,
+    CorrectionConfig,
+    DualClip,
+    PPOClip,
+    ReinforceIS,
+    TwoSided,
+)
 from pipelinerl.parity.statistics import measure, standard_error, statistics
 from tests.unit.evidence import by_hand
 
@@ -46,10 +57,26 @@ def test_the_standard_error_takes_tokens_of_a_sequence_together():
     [
         (1.27, PPO, 0), (1.29, PPO, 1), (0.81, PPO, 0), (0.79, PPO, 1),
         (1.9, ReinforceIS(max_ratio=2.0), 0), (2.1, ReinforceIS(max_ratio=2.0), 1), (0.1, ReinforceIS(), 0),
+        (0.6, CISPO(min_ratio=0.5), 0), (0.4, CISPO(min_ratio=0.5), 1), (5.1, CISPO(), 1),
+        (1.4, DualClip(clip_high=0.5, bound=1.3), 1), (1.2, DualClip(clip_high=0.5, bound=1.3), 0),
+        (0.7, TwoSided(clip_low=0.2), 1), (1.9, DPPOTV(max_rise=0.3), 1), (1.7, DPPOTV(max_rise=0.3), 0),
+        (2.0, SAPO(), 0), (1.2, TOPR(max_ratio=1.1), 1), (1.0, TOPR(max_ratio=1.1), 0),
     ],
 )  # fmt: skip
 def test_the_clip_rate_is_that_of_the_configured_objective_for_either_sign(ratio, algo, clipped):
     assert statistics(by_hand([math.log(ratio)] * 3), algo).clip_rate == clipped
+
+
+@pytest.mark.parametrize("algo", [TOPR(), ReinforceIS(max_ratio=1.0)])
+def test_a_cap_at_a_ratio_of_one_is_not_taken_for_a_narrow_one(algo):
+    assert statistics(by_hand([0.02, -0.02, 1e-6]), algo).clip_rate == 0
+    assert statistics(by_hand([0.02, math.nan]), algo).clip_rate == 0.5
+
+
+@pytest.mark.parametrize("proximal", ["recompute", "interpolate"])
+def test_noise_is_not_clipped_where_it_is_weighed(proximal):
+    algo = PPOClip(proximal=proximal, correction=CorrectionConfig(tis_token=2.0))
+    assert statistics(by_hand([LN4, -LN4]), algo).clip_rate == 0
 
 
 def test_a_sequence_level_objective_clips_whole_sequences():

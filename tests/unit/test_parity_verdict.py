@@ -243,12 +243,36 @@ def test_bounds_narrower_than_the_noise_are_named_with_bounds_that_hold():
     assert verdict(sampled(), widened).passed
 
 
-def test_the_advised_bounds_are_those_of_the_configured_objective():
-    config = run_config(algo={"kind": "reinforce_is", "max_ratio": 1.01})
-    found = verdict(sampled(), config)
-    assert found.layer == "objective" and found.advice.startswith("algo.max_ratio=1.0")
-    ratio = float(found.advice.split(":")[0].split("=")[1])
-    assert verdict(sampled(), run_config(algo={"kind": "reinforce_is", "max_ratio": ratio})).passed
+@pytest.mark.parametrize(
+    ("algo", "advised"),
+    [
+        ({"kind": "reinforce_is", "max_ratio": 1.01}, {"max_ratio"}),
+        ({"kind": "topr", "max_ratio": 1.01}, {"max_ratio"}),
+        ({"kind": "cispo", "min_ratio": 0.995, "max_ratio": 1.005}, {"min_ratio", "max_ratio"}),
+        ({"kind": "gspo_token"}, {"clip_low", "clip_high"}),
+        ({"kind": "dual_clip", "clip_low": 0.005, "clip_high": 0.005}, {"clip_low", "clip_high", "bound"}),
+        (
+            {"kind": "two_sided", "clip_low": 0.005, "clip_high": 0.005, "max_ratio": 1.01},
+            {"clip_low", "clip_high", "max_ratio"},
+        ),
+        ({"kind": "dppo_tv", "max_rise": 1e-3, "max_fall": 1e-3}, {"max_rise", "max_fall"}),
+    ],
+    ids=lambda value: value["kind"] if isinstance(value, dict) else "",
+)
+def test_the_advised_bounds_are_those_of_the_configured_objective_and_hold(algo, advised):
+    found = verdict(sampled(), run_config(algo=algo))
+    assert found.layer == "objective", found.advice
+    pairs = [setting.removeprefix("algo.").split("=") for setting in found.advice.split(":")[0].split()]
+    changes = {name: float(value) for name, value in pairs}
+    assert set(changes) == advised
+    assert verdict(sampled(), run_config(algo=algo | changes)).passed
+
+
+@pytest.mark.parametrize(
+    "kind", ["ppo_clip", "dual_clip", "two_sided", "sapo", "reinforce_is", "cispo", "topr", "dppo_tv"]
+)
+def test_the_published_bounds_hold_the_noise_of_bfloat16(kind):
+    assert verdict(sampled(), run_config(algo={"kind": kind})).passed
 
 
 CURVE = [LagEvidence(0, 0.02, 0.003, 0.01), LagEvidence(1, 0.2, 0.05, 0.3), LagEvidence(2, 0.5, 0.3, 0.6)]

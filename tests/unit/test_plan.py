@@ -11,12 +11,13 @@ from pipelinerl.config.load import load_config
 from pipelinerl.config.plan import plan, render
 from pipelinerl.config.preflight import preflight
 from pipelinerl.errors import DataError, EnvironmentProblem
+from tests.unit.configs import config_of
 
 MATH = "experiment=math_7b_8gpu"
 
 
 def test_quantities_of_a_step() -> None:
-    derived = plan(load_config(["batch.groups_per_step=6", "batch.group_size=4", "async.max_lag=3"]), gpus=0)
+    derived = plan(config_of("batch.groups_per_step=6", "batch.group_size=4", "async.max_lag=3"), gpus=0)
     assert derived.samples_per_step == 24  # 6 * 4
     assert derived.sampled_tokens_per_step == 24 * derived.config.sampling.max_tokens
     assert derived.tokens_per_step == 24 * derived.config.engine.max_model_len
@@ -35,7 +36,7 @@ def test_quantities_of_a_step() -> None:
     ],
 )
 def test_each_version_is_evaluated_once(overrides: list[str], versions: tuple[int, ...]) -> None:
-    assert plan(load_config(["steps=10", *overrides]), gpus=0).eval_versions == versions
+    assert plan(config_of("steps=10", *overrides), gpus=0).eval_versions == versions
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_each_version_is_evaluated_once(overrides: list[str], versions: tuple[in
     ],
 )
 def test_devices_and_backend(overrides: list[str], gpus: int, device: str, backend: str, needed: int) -> None:
-    derived = plan(load_config(overrides), gpus)
+    derived = plan(config_of(*overrides), gpus)
     assert (derived.device, derived.backend, derived.gpus_needed) == (device, backend, needed)
 
 
@@ -67,9 +68,42 @@ def test_devices_and_backend(overrides: list[str], gpus: int, device: str, backe
     ],
 )
 def test_a_parity_fix_that_is_off_is_said_to_be_off(overrides: list[str], off: list[str]) -> None:
-    derived = plan(load_config(overrides), gpus=0)
+    derived = plan(config_of(*overrides), gpus=0)
     assert [fix.name[0] for fix in derived.parity if not fix.in_force] == off
     assert render(derived).count(" OFF ") == len(off)
+
+
+def rows_of(*overrides: str) -> dict[str, str]:
+    """What the plan shows, by label."""
+    lines = render(plan(config_of(*overrides), gpus=0)).splitlines()
+    return {line[2:24].strip(): line[25:] for line in lines if line.startswith("  ")}
+
+
+def test_the_plan_shows_the_objective_that_is_in_force() -> None:
+    rows = rows_of()
+    assert (rows["loss"], rows["advantage"]) == ("ppo_clip, aggregated by token_mean", "rloo of the task's reward")
+    assert rows["proximal policy"].startswith("the engine's logprobs")
+    assert (rows["corrections"], rows["KL"], rows["entropy bonus"]) == ("none", "none", "none")
+    assert rows["optimizer updates"] == "1 per step, of 64 groups each"
+    assert "equal rewards" not in rows and "truncated" not in rows
+
+
+def test_the_plan_shows_what_differs_from_it() -> None:
+    rows = rows_of(
+        "algo=decoupled_ppo", "algo.advantage=grpo", "algo.aggregation=prompt_mean", "batch.updates=4",
+        "algo.correction.veto=0.0001", "algo.kl.coef=0.01", "algo.kl.reference=a/b", "algo.kl.offload=true",
+        "algo.entropy.coef=0.02", "algo.entropy.final_coef=0", "algo.entropy.anneal_steps=9",
+        "reward.overlong_buffer=4", "batch.zero_variance=refill", "algo.mask_truncated=true",
+    )  # fmt: skip
+    assert rows["loss"] == "ppo_clip, aggregated by prompt_mean"
+    assert rows["advantage"] == "grpo of the task's reward with overlong_buffer"
+    assert rows["proximal policy"].startswith("recomputed at the start of the step")
+    assert rows["corrections"] == "tis_token 2.0, veto 0.0001"
+    assert rows["KL"] == "k2 in the loss, coef 0.01; to a/b, in host memory"
+    assert rows["entropy bonus"] == "0.02 to 0 over 9 steps"
+    assert rows["optimizer updates"] == "4 per step, of 16 groups each"
+    assert "refilled" in rows["equal rewards"] and "not in the loss" in rows["truncated"]
+    assert rows_of("algo=gspo")["loss"] == "gspo, aggregated by seq_mean_token_mean"
 
 
 def tiny_model(directory: Path) -> Path:
@@ -95,6 +129,8 @@ def tiny_model(directory: Path) -> Path:
         ("float32", 1, 1, 176, 176, 528, 64),
         ("float32", 1, 2, 176, 176, 264, 64),  # optimizer 44 * 12 / 2
         ("bfloat16", 2, 4, 88, 44, 132, 32),  # gradients 44 * 4 / 4, optimizer 44 * 12 / 4
+        ("float32", 0, 4, 176, 176, 528, 64),  # nothing is divided
+        ("bfloat16", 3, 4, 22, 44, 132, 32),  # weights 44 * 2 / 4 too
     ],
 )
 def test_memory_of_a_local_model(
@@ -102,50 +138,67 @@ def test_memory_of_a_local_model(
 ) -> None:
     model = tiny_model(tmp_path / "m")
     size = plan(
-        load_config(
-            [f"model.path={model}", f"model.dtype={dtype}", f"trainer.zero_stage={stage}", f"trainer.ranks={ranks}"]
+        config_of(
+            f"model.path={model}", f"model.dtype={dtype}", f"trainer.zero_stage={stage}", f"trainer.ranks={ranks}"
         ),
         gpus=0,
     ).footprint
     assert size is not None
     assert size.parameters == 44
-    assert size.engine_weights == weights
+    assert size.engine_weights == 44 * {"float32": 4, "bfloat16": 2}[dtype]
     assert (size.trainer_weights, size.trainer_gradients, size.trainer_optimizer) == (weights, gradients, optimizer)
     assert size.kv_per_token == kv
 
 
+@pytest.mark.parametrize(
+    ("targets", "adapted"),
+    # rank 3: 3 * (inputs + outputs) values beside each adapted weight
+    [("[all-linear]", 3 * (6 + 4 + 8 + 6)), ("[q_proj]", 3 * (6 + 4))],
+)
+def test_only_adapters_need_gradients_and_an_optimizer(tmp_path: Path, targets: str, adapted: int) -> None:
+    shapes = {"embed_tokens.weight": [10, 4], "a.q_proj.weight": [6, 4], "b.up.weight": [8, 6], "norm.weight": [4]}
+    header = json.dumps({name: {"dtype": "F32", "shape": shape} for name, shape in shapes.items()}).encode()
+    model = tiny_model(tmp_path / "m")
+    (model / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    lora = ("trainer.lora.rank=3", f"trainer.lora.targets={targets}")
+    size = plan(config_of(f"model.path={model}", "model.dtype=bfloat16", *lora), gpus=0).footprint
+    assert size is not None and size.parameters == 40 + 24 + 48 + 4
+    assert size.trainer_weights == 2 * (size.parameters + adapted)
+    assert (size.trainer_gradients, size.trainer_optimizer) == (4 * adapted, 12 * adapted)
+
+
 def test_kv_cache_capacity_is_told_in_tokens(tmp_path: Path) -> None:
-    text = render(plan(load_config([f"model.path={tiny_model(tmp_path / 'm')}", "engine.kv_cache_mb=1"]), gpus=0))
+    text = render(plan(config_of(f"model.path={tiny_model(tmp_path / 'm')}", "engine.kv_cache_mb=1"), gpus=0))
     assert "1 MB hold 16,384 tokens" in text  # 2**20 / 64
 
 
 def test_a_model_that_is_not_here_has_unknown_memory() -> None:
-    assert "unknown: model not local" in render(plan(load_config([MATH]), gpus=0))
+    assert "unknown: model not local" in render(plan(config_of(MATH), gpus=0))
 
 
 def test_a_damaged_model_file_is_named(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "m")
     (model / "model.safetensors").write_bytes(b"\xff" * 20)
     with pytest.raises(EnvironmentProblem, match=r"model\.safetensors: not a readable safetensors file"):
-        plan(load_config([f"model.path={model}"]), gpus=0)
+        plan(config_of(f"model.path={model}"), gpus=0)
 
 
 def test_preflight_accepts_a_model_that_is_here(tmp_path: Path) -> None:
-    preflight(load_config([f"model.path={tiny_model(tmp_path / 'm')}"]))
+    preflight(config_of(f"model.path={tiny_model(tmp_path / 'm')}"))
 
 
 def test_preflight_tells_how_to_get_the_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(EnvironmentProblem, match=r"model\.path=models/tiny.*run: pipelinerl make-tiny"):
-        preflight(load_config([]))
+        preflight(config_of())
 
 
 def test_preflight_leaves_hub_ids_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    preflight(load_config(["model.path=Qwen/Qwen2.5-0.5B"]))
+    preflight(config_of("model.path=Qwen/Qwen2.5-0.5B"))
     (tmp_path / "Qwen").mkdir()
     with pytest.raises(EnvironmentProblem, match="no such directory"):
-        preflight(load_config(["model.path=Qwen/Qwen2.5-0.5B"]))
+        preflight(config_of("model.path=Qwen/Qwen2.5-0.5B"))
 
 
 def test_preflight_names_a_missing_data_file(tmp_path: Path) -> None:
@@ -173,7 +226,7 @@ def test_gpus_are_those_listed_and_visible(
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert gpu_count() == usable
-    assert resolve_device(load_config(["cluster.device=auto"])) == ("cuda" if usable else "cpu")
+    assert resolve_device(config_of("cluster.device=auto")) == ("cuda" if usable else "cpu")
 
 
 def test_preflight_counts_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,9 +236,9 @@ def test_preflight_counts_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     data.write_text('{"prompt": "1+1", "answer": "2"}\n')
     overrides = [MATH, f"model.path={model}", f"task.path={data}"]
     with pytest.raises(EnvironmentProblem, match=r"8 GPUs needed .* this machine has 4"):
-        preflight(load_config(overrides))
-    preflight(load_config([*overrides, "engine.count=2", "trainer.ranks=2"]))
-    preflight(load_config([*overrides, "cluster=ray"]))
+        preflight(config_of(*overrides))
+    preflight(config_of(*overrides, "engine.count=2", "trainer.ranks=2"))
+    preflight(config_of(*overrides, "cluster=ray"))
 
 
 def test_preflight_wants_a_kv_cache_size_when_auto_turns_out_to_be_cpu(

@@ -43,6 +43,7 @@ def samples(draw):
         logprobs=np.where(mask, -steps / 1024, 0).astype(np.float32),
         versions=np.where(mask, steps, -1).astype(np.int32),
         advantage=draw(st.floats(-2, 2, width=32)),
+        weight=draw(st.floats(0.0, 2.0, width=32)),
     )
 
 
@@ -78,7 +79,7 @@ def test_a_rollout_without_a_prompt_is_refused():
 
 def test_packed_row_by_hand():
     # the example of the module's documentation
-    row = collate([train_sample(FIRST, 0.5), train_sample(SECOND, -1.0)])
+    row = collate([train_sample(FIRST, 0.5, 1 / 3), train_sample(SECOND, -1.0, 1 / 3)])
     assert row.input_ids.tolist() == [11, 12, 21, 22, 13, 23]
     assert row.position_ids.tolist() == [0, 1, 2, 3, 0, 1]
     assert row.cu_seqlens.tolist() == [0, 4, 6]
@@ -87,6 +88,7 @@ def test_packed_row_by_hand():
     assert row.logprobs == pytest.approx([0, -0.1, -0.2, 0, -0.3, 0])
     assert row.versions.tolist() == [-1, 4, 5, -1, 5, -1]
     assert row.advantages.tolist() == [0, 0.5, 0.5, 0, -1, 0]
+    assert row.weights == pytest.approx([0, 1 / 3, 1 / 3, 0, 1 / 3, 0])
     assert row.sequence.tolist() == [0, 0, 0, 0, 1, 1]
 
 
@@ -101,6 +103,7 @@ def test_dtypes_are_what_torch_indexes_and_gathers_with():
         "logprobs": "float32",
         "versions": "int32",
         "advantages": "float32",
+        "weights": "float32",
         "sequence": "int64",
     }
 
@@ -129,8 +132,10 @@ def test_every_sampled_token_is_predicted_once_from_the_position_before_it(batch
             assert row.loss_mask[position] and row.target_ids[position] == sample.tokens[t]
             assert row.logprobs[position] == sample.logprobs[t] and row.versions[position] == sample.versions[t]
             assert row.advantages[position] == np.float32(sample.advantage)
+            assert row.weights[position] == np.float32(sample.weight)
     assert row.loss_mask.sum() == sum(sample.loss_mask.sum() for sample in batch)
-    assert not row.advantages[~row.loss_mask].any() and not row.logprobs[~row.loss_mask].any()
+    for outside in (row.advantages, row.weights, row.logprobs):
+        assert not outside[~row.loss_mask].any()
 
 
 @given(st.lists(samples(), min_size=1, max_size=4), st.lists(samples(), min_size=1, max_size=4))
