@@ -19,7 +19,7 @@ from pipelinerl.metrics.compare import Panel, compare, table
 VARIANTS = {
     "ppo_clip": [],
     "zero_3_two_ranks": ["trainer.zero_stage=3", "trainer.ranks=2"],
-    "lora": ["trainer.lora.rank=16", "trainer.lr=4e-3"],
+    "lora": ["trainer.lora.rank=8", "trainer.lr=2e-3"],
     "gspo": ["algo=gspo"],
     "cispo": ["algo=cispo"],
     "decoupled_ppo": ["algo=decoupled_ppo", "batch.updates=2", "trainer.lr=3e-4"],

@@ -114,8 +114,8 @@ class SamplingConfig(Section):
     max_tokens: PositiveInt = Field(1024, description="per completion")
     seeded: bool | None = Field(
         None,
-        description="a seed per completion, from seed and prompt; null = on a CPU, where samples then repeat exactly; on "
-        "a GPU it costs a kernel launch per sequence and token",
+        description="a seed per completion, from seed and prompt; null = on a CPU, where samples then repeat exactly; "
+        "on a GPU it costs a kernel launch per sequence and token",
     )
     top_p: float = 1.0
     top_k: int = -1
@@ -789,8 +789,8 @@ def _offload_contradictions(config: RunConfig) -> "list[str]":
     trainer, found = config.trainer, []
     if trainer.offload_parameters and trainer.zero_stage != 3:
         found.append(
-            f"trainer.offload_parameters=true with trainer.zero_stage={trainer.zero_stage}: only sharded weights can be "
-            "kept in host memory; use zero_stage=3"
+            f"trainer.offload_parameters=true with trainer.zero_stage={trainer.zero_stage}: only sharded weights "
+            "can be kept in host memory; use zero_stage=3"
         )
     if trainer.offload_optimizer and trainer.zero_stage == 0:
         found.append(

@@ -32,11 +32,12 @@ COMPARED = ("optim/loss", "optim/grad_norm", "optim/lr", "reward/mean", "mismatc
 
 
 def finish(run: TrainCommand) -> str:
+    """Let it come to its end; returns what it said."""
     try:
         assert run.exit_code(240) == EXIT_DONE, run.output
+        return run.output
     finally:
         run.close()
-    return run.output
 
 
 def kill(run: TrainCommand, after_step: int) -> None:

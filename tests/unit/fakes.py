@@ -219,7 +219,10 @@ class FakeRun(Run):
 
 
 def small_config(*overrides: str) -> RunConfig:
-    """The schema's defaults, but 4 steps of 2 groups of 2 completions and no checkpoints. Overrides are `section.key=value`."""
+    """The schema's defaults, but 4 steps of 2 groups of 2 completions, and no checkpoints.
+
+    Overrides are `section.key=value`.
+    """
     data: dict[str, Any] = {
         "model": {"path": "a/model"},
         "task": {"kind": "sort"},
