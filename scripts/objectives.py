@@ -21,8 +21,8 @@ VARIANTS = {
     "zero_3_two_ranks": ["trainer.zero_stage=3", "trainer.ranks=2"],
     "lora": ["trainer.lora.rank=8", "trainer.lr=2e-3"],
     "gspo": ["algo=gspo"],
-    "cispo": ["algo=cispo"],
-    "decoupled_ppo": ["algo=decoupled_ppo", "batch.updates=2", "trainer.lr=3e-4"],
+    "cispo": ["algo=cispo", "trainer.lr=1.5e-4"],  # it bounds weights, not steps: at 4e-4 it collapses
+    "decoupled_ppo": ["algo=decoupled_ppo", "batch.updates=2", "trainer.lr=1e-4"],
 }
 PANELS = [
     Panel("reward/mean", "Reward", "mean of the step"),

@@ -6,7 +6,8 @@ Both compute logprob and entropy of the selected tokens and the gradients of hid
 head multiplied in `--head-dtype`. `naive` keeps [tokens, vocabulary] logits in fp32: log_softmax, gather, entropy
 without gradient, autograd. Each run is a process of its own, in turns, so that a peak is its own and noise of the
 machine hits both; the time is the best of the repeats. Memory is the largest resident size above that of the process
-with its inputs, so it includes the gradients, which both must return.
+with its inputs, so it includes the gradients, which both must return. On a machine with other work, one thread and its
+CPU seconds say more than seconds do: threads that wait for each other are slowed down by more than their share.
 
 Exit code 1 when time, memory or differences miss the targets given as options.
 """
@@ -41,6 +42,7 @@ def naive(hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -
 
 def measure(args: argparse.Namespace) -> None:
     """One run in this process. Prints seconds and bytes as JSON and leaves the outcome in `--out`."""
+    torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     dtype, head_dtype = getattr(torch, args.dtype), getattr(torch, args.head_dtype)
     hidden = torch.randn(args.tokens, args.hidden).to(dtype).requires_grad_()
@@ -86,6 +88,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, default=2048, help="trainer.logprob_chunk")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="hidden states and weight")
     parser.add_argument("--head-dtype", choices=["float32", "bfloat16"], default="float32", help="of the product")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-time", type=float, default=1.15, help="times the naive one")
@@ -112,7 +115,7 @@ def main() -> int:
     ratio = {key: best["chunked"][key] / best["naive"][key] for key in best["naive"]}
     print(
         f"V={args.vocabulary}, H={args.hidden}, {args.tokens} tokens, weight {args.dtype}, head {args.head_dtype}, "
-        f"chunk {args.chunk}, {torch.get_num_threads()} threads, best of {args.repeats}\n"
+        f"chunk {args.chunk}, {args.threads} thread(s), best of {args.repeats}\n"
     )
     print("| | forward, s | forward and backward, s | CPU, s | peak above inputs, GiB |\n|---|---|---|---|---|")
     for which, row in best.items():

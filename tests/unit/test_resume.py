@@ -38,6 +38,7 @@ async def killed(
     gate.close()
     task = asyncio.create_task(train(run))
     await until(lambda: (run_dir / "checkpoints" / step_name((step - 1) // 2 * 2)).is_dir())
+    await run.saver.all_done()  # its thread would outlive the end of this run, as no thread outlives a process
     await settle()
     gate.open()
     with pytest.raises(WorkerDied, match="killed"):
