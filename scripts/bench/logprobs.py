@@ -88,7 +88,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, default=2048, help="trainer.logprob_chunk")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="hidden states and weight")
     parser.add_argument("--head-dtype", choices=["float32", "bfloat16"], default="float32", help="of the product")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=1, help="as many as a trainer rank has on a CPU, by default")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-time", type=float, default=1.15, help="times the naive one")

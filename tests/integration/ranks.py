@@ -11,6 +11,7 @@ import pickle
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -42,30 +43,52 @@ def results_of(module: ModuleType, cases: Mapping[str, Any], folder: Path) -> di
     }
 
 
-def run_case(run_rank: Callable[..., None], name: str, case: Any, target: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    forks = multiprocessing.get_context("fork")
-    outs = [target / f"{name}-{rank}.pickle" for rank in range(case.config.trainer.ranks)]
-    ranks = [forks.Process(target=run_rank, args=(case, rank, port, out)) for rank, out in enumerate(outs)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(CASE_TIMEOUT_S)
-    ended = [process.exitcode for process in ranks]
-    for process in ranks:
-        process.kill()
-    if ended != [0] * len(ranks):
-        sys.exit(f"case {name}: exit codes {ended}")
+class Forks:
+    """The ranks of one case, at work."""
+
+    def __init__(self, run_rank: Callable[..., None], name: str, case: Any, target: Path):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        forks = multiprocessing.get_context("fork")
+        outs = [target / f"{name}-{rank}.pickle" for rank in range(case.config.trainer.ranks)]
+        self._name = name
+        self._ranks = [forks.Process(target=run_rank, args=(case, rank, port, out)) for rank, out in enumerate(outs)]
+        self._deadline = time.monotonic() + CASE_TIMEOUT_S
+        for process in self._ranks:
+            process.start()
+
+    def __len__(self) -> int:
+        return len(self._ranks)
+
+    def ended(self) -> bool:
+        """Whether all ranks are done. Ends everything when one failed or the time is over."""
+        codes = [process.exitcode for process in self._ranks]
+        if codes == [0] * len(codes):
+            return True
+        if any(codes) or time.monotonic() > self._deadline:
+            time.sleep(1)  # for the others to say what they have to say
+            for process in self._ranks:
+                process.kill()
+            sys.exit(f"case {self._name}: exit codes {codes}")
+        return False
 
 
 def main(module: str, source: str, target: str) -> None:
+    """Run the cases in their order, as many at a time as there are cores for. One that loads waits for all before."""
     import pipelinerl.trainer.worker  # noqa: F401  the slow imports, once for all forks
 
     run_rank = import_module(module).run_rank
+    cores, running = len(os.sched_getaffinity(0)), list[Forks]()
     for name, case in pickle.loads(Path(source).read_bytes()).items():
-        run_case(run_rank, name, case, Path(target))
+        waits = getattr(case, "load", None) is not None
+        while running and (waits or sum(map(len, running)) + case.config.trainer.ranks > cores):
+            time.sleep(0.02)
+            running = [forks for forks in running if not forks.ended()]
+        running.append(Forks(run_rank, name, case, Path(target)))
+    while running:
+        time.sleep(0.02)
+        running = [forks for forks in running if not forks.ended()]
 
 
 if __name__ == "__main__":

@@ -262,7 +262,10 @@ CONTRADICTIONS = [
     ),
     # what can be kept in host memory
     (["trainer.offload_parameters=true"], "trainer.offload_parameters=true with trainer.zero_stage=1"),
-    (["trainer.attention=varlen", "cluster.device=cpu"], "trainer.attention=varlen needs cluster.device=cuda, not cpu"),
+    (
+        ["trainer.attention=varlen", "model.dtype=bfloat16"],
+        "trainer.attention=varlen needs cluster.device=cuda, not cpu",
+    ),
     (["trainer.compile=true", "trainer.zero_stage=3"], "trainer.compile=true with trainer.zero_stage=3"),
     (["trainer.offload_optimizer=true", "trainer.zero_stage=0"], "trainer.offload_optimizer=true with trainer.zero_s"),
     (
