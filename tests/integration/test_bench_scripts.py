@@ -1,0 +1,33 @@
+"""Benchmarks that the documentation names run, hold their limits at a small size, and fail where they do not."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPTS = Path(__file__).parents[2] / "scripts" / "bench"
+
+
+def bench(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, SCRIPTS / name, *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_packing_is_full_and_balanced() -> None:
+    done = bench("packing.py", "--steps", "3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 of 3 steps" in done.stdout
+    assert bench("packing.py", "--steps", "1", "--min-fill", "1.01").returncode == 1
+
+
+def test_block_by_block_logprobs_take_a_quarter_of_the_memory() -> None:
+    small = ("--vocabulary", "50000", "--hidden", "64", "--tokens", "1024", "--chunk", "512", "--repeats", "1")
+    done = bench("logprobs.py", *small, "--max-time", "3")  # of one noisy run; memory and values are exact
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "naive" in done.stdout and "chunked" in done.stdout
