@@ -13,11 +13,10 @@ from pipelinerl.rollout.ledger import Ledger
 from tests.e2e.harness import TrainCommand
 from tests.e2e.test_main_job import ROOT
 
-STEPS, EVERY = 6, 2
+STEPS = 10
 SMALL = [
     f"model.path={ROOT / 'models' / 'tiny'}",  # made by quickstart.sh: a random model would have no reward
     f"steps={STEPS}",
-    f"checkpoint.every={EVERY}",
     "batch.groups_per_step=6",
     "batch.group_size=4",
     "trainer.lr=1e-3",
@@ -40,44 +39,45 @@ def finish(run: TrainCommand) -> str:
         run.close()
 
 
-def kill(run: TrainCommand, after_step: int) -> None:
-    """SIGKILL to everything, once so many steps are on file and the checkpoint before them too."""
+def kill(run: TrainCommand, after_step: int, saved: int) -> None:
+    """SIGKILL to everything, once so many steps are on file and the checkpoint of step `saved` too."""
     run.wait_for_step(after_step)
-    due = after_step // EVERY * EVERY
-    run.wait_until(lambda: (run.run_dir / "checkpoints" / f"step_{due:06d}").exists(), "checkpoint", 60)
+    run.wait_until(lambda: (run.run_dir / "checkpoints" / f"step_{saved:06d}").exists(), "checkpoint", 60)
     os.killpg(run.process.pid, signal.SIGKILL)
     run.process.wait()
     run.close()
 
 
-def numbers(run_dir: Path) -> dict[int, dict[str, Any]]:
-    """step -> what is compared of it; where a step was done twice, the second time counts."""
-    records = [record for record in read_metrics(run_dir / "metrics.jsonl") if record["kind"] == "train"]
-    return {record["step"]: {name: record.get(name) for name in COMPARED} for record in records}
+def numbers(run_dir: Path) -> dict[int, list[dict[str, Any]]]:
+    """step -> what is compared of it, each time that it was done."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    for record in read_metrics(run_dir / "metrics.jsonl"):
+        if record["kind"] == "train":
+            found.setdefault(record["step"], []).append({name: record.get(name) for name in COMPARED})
+    return found
 
 
 def test_in_sync_mode_every_loss_and_reward_is_the_same_to_the_last_bit(tmp_path: Path) -> None:
-    overrides = [*SMALL, "async.mode=sync"]
-    finish(TrainCommand(tmp_path / "whole", overrides))
-    expected = numbers(tmp_path / "whole")
-    assert sorted(expected) == list(range(1, STEPS + 1))
-    assert len({values["optim/loss"] for values in expected.values()}) == STEPS
-    assert all(0 < values["reward/mean"] < 1 for values in expected.values())
-
-    killed = tmp_path / "killed"
-    kill(TrainCommand(killed, overrides), after_step=random.Random(4).randrange(EVERY, STEPS))
-    output = finish(TrainCommand(killed, overrides))
+    """The killed run went on beyond its checkpoint: the steps that are done again have been done without a break."""
+    overrides, saved = [*SMALL, "async.mode=sync", "checkpoint.every=5"], 5
+    run_dir = tmp_path / "run"
+    kill(TrainCommand(run_dir, overrides), after_step=random.Random(4).choice([6, 7]), saved=saved)
+    before = numbers(run_dir)
+    output = finish(TrainCommand(run_dir, overrides))
     assert "resuming from" in output
-    assert numbers(killed) == expected
-    assert (killed / "model" / "model.safetensors").read_bytes() == (
-        tmp_path / "whole" / "model" / "model.safetensors"
-    ).read_bytes()
+    done = numbers(run_dir)
+    assert sorted(done) == list(range(1, STEPS + 1))
+    again = [step for step, times in done.items() if len(times) == 2]
+    assert again == [step for step in before if step > saved] and again
+    assert all(done[step][0] == done[step][1] for step in again)
+    assert len({times[-1]["optim/loss"] for times in done.values()}) == STEPS
+    assert all(0 < times[-1]["reward/mean"] < 1 for times in done.values())
 
 
 def test_in_async_mode_no_prompt_is_trained_twice_and_none_is_lost(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    overrides = [*SMALL, "async.max_lag=2"]
-    kill(TrainCommand(run_dir, overrides), after_step=3)
+    overrides = [*SMALL, "async.max_lag=2", "checkpoint.every=2"]
+    kill(TrainCommand(run_dir, overrides), after_step=3, saved=2)
     saved = json.loads((run_dir / "checkpoints" / "step_000002" / "driver.json").read_text())["ledger"]
     still_open = saved["queued"] + saved["running"] + saved["generated"]
     assert still_open, "generation runs ahead of training"
