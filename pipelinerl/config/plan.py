@@ -136,8 +136,17 @@ def _run_rows(plan: Plan) -> Rows:
         ("model", f"{config.model.path} in {config.model.dtype}"),
         ("task", task),
         ("steps", f"{config.steps:,} at lr {config.trainer.lr:g}"),
+        ("checkpoints", _checkpoints(config)),
         ("evaluations", f"{len(versions)} (at version {shown})" if versions else "none"),
     ]
+
+
+def _checkpoints(config: RunConfig) -> str:
+    saved = config.checkpoint
+    if not saved.every:
+        return "none (checkpoint.every=0): a run that is killed is lost"
+    kept = f"the last {saved.keep_last}{f' and the best by {saved.best_metric}' if saved.keep_best else ''}"
+    return f"every {saved.every} steps, {kept}; resume={config.resume}"
 
 
 def _step_rows(plan: Plan) -> Rows:
