@@ -19,7 +19,7 @@ SMALL = [
     f"steps={STEPS}",
     "batch.groups_per_step=6",
     "batch.group_size=4",
-    "trainer.lr=1e-3",
+    "trainer.lr=2e-4",
     "parity.preflight=off",
     "eval.at_start=false",
     "eval.at_end=false",
@@ -61,7 +61,7 @@ def test_in_sync_mode_every_loss_and_reward_is_the_same_to_the_last_bit(tmp_path
     """The killed run went on beyond its checkpoint: the steps that are done again have been done without a break."""
     overrides, saved = [*SMALL, "async.mode=sync", "checkpoint.every=5"], 5
     run_dir = tmp_path / "run"
-    kill(TrainCommand(run_dir, overrides), after_step=random.Random(4).choice([6, 7]), saved=saved)
+    kill(TrainCommand(run_dir, overrides), after_step=random.Random(4).choice([7, 8]), saved=saved)
     before = numbers(run_dir)
     output = finish(TrainCommand(run_dir, overrides))
     assert "resuming from" in output
