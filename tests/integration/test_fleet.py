@@ -15,6 +15,7 @@ from pipelinerl import session as session_module
 from pipelinerl.cluster.fleet import Fleet
 from pipelinerl.cluster.remote import RemoteWorker
 from pipelinerl.cluster.trainer_group import TrainerGroup
+from pipelinerl.concurrency import Ending
 from pipelinerl.config.schema import TrainerConfig
 from pipelinerl.errors import EXIT_DONE, EnvironmentProblem, PipelineRLError, Stalled, WeightSyncError, WorkerDied
 from pipelinerl.run_dir import new_run_dir
@@ -258,7 +259,7 @@ async def exit_code_of(body: Callable[[], Awaitable[None]]) -> int:
         await body()
         return EXIT_DONE
 
-    return await session_module._watched(work())
+    return await session_module._watched(work(), Ending())
 
 
 @pytest.mark.parametrize(("which", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
