@@ -107,6 +107,19 @@ class Run:
         self.dropped_in_a_row = Counter(state.dropped_in_a_row)
         self.skipped_in_a_row = state.skipped_in_a_row
 
+    def state(self, step: int) -> DriverState:
+        """What `resume` needs, at the end of optimizer step `step`."""
+        return DriverState(
+            step=step,
+            ledger=self.buffer.ledger.to_dict(),
+            elapsed_s=self.log.elapsed_s,
+            generated_tokens=self.generated_tokens,
+            dropped_in_a_row=dict(self.dropped_in_a_row),
+            skipped_in_a_row=self.skipped_in_a_row,
+            reported_drops=dict(self.reported_drops),
+            wandb_id=self.saver.wandb_id,
+        )
+
 
 async def train(run: Run) -> None:
     """prompt -> rollouts -> group -> advantages -> packed batch -> loss -> step -> broadcast -> engines."""
@@ -170,17 +183,7 @@ def settle(run: Run, step: int, groups: Sequence[Finished], result: StepResult) 
 
 async def save(run: Run, step: int, metrics: dict[str, float]) -> None:
     """Checkpoint and export when it is due. Groups that are open now are sampled again by a run that is resumed."""
-    state = DriverState(
-        step=step,
-        ledger=run.buffer.ledger.to_dict(),
-        elapsed_s=run.log.elapsed_s,
-        generated_tokens=run.generated_tokens,
-        dropped_in_a_row=dict(run.dropped_in_a_row),
-        skipped_in_a_row=run.skipped_in_a_row,
-        reported_drops=dict(run.reported_drops),
-        wandb_id=run.saver.wandb_id,
-    )
-    seconds = await run.saver.after_step(state, metrics, last=run.ending.wished)
+    seconds = await run.saver.after_step(step, run.state, metrics, last=run.ending.wished)
     if seconds:
         run.log.log("run", step, seconds)
     run.last_progress = time.monotonic()

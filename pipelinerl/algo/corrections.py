@@ -109,12 +109,21 @@ def correct(inputs: CorrectionInputs, config: CorrectionConfig, decoupled: bool)
     return Correction(torch.where(known, weight, math.nan), masked)
 
 
-@torch.no_grad()
 def affected(name: str, inputs: CorrectionInputs, parameter: Any) -> Tensor:
     """[N] bool: the sampled tokens that correction `name` with this parameter would mask, or cap the weight of."""
-    given, function = _masked(inputs), CORRECTIONS[name]
-    spared: Tensor = function(given, math.inf) <= parameter if name in CAPS else function(given, parameter) > 0
-    return given.mask & ~spared
+    return affected_by({name: parameter}, inputs)[name]
+
+
+@torch.no_grad()
+def affected_by(parameters: Mapping[str, Any], inputs: CorrectionInputs) -> dict[str, Tensor]:
+    """`affected` for several corrections, each by itself."""
+    given = _masked(inputs)
+    found = {}
+    for name, parameter in parameters.items():
+        function = CORRECTIONS[name]
+        spared: Tensor = function(given, math.inf) <= parameter if name in CAPS else function(given, parameter) > 0
+        found[name] = given.mask & ~spared
+    return found
 
 
 @correction("tis_token")

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pipelinerl.algo.corrections import CORRECTIONS, DEFAULTS, affected
+from pipelinerl.algo.corrections import CORRECTIONS, DEFAULTS, affected_by
 from pipelinerl.algo.objective import Objective
 from pipelinerl.config.schema import CorrectionConfig
 
@@ -29,13 +29,11 @@ def rule_sums(found: Objective, config: CorrectionConfig, gradient: Tensor) -> T
     """[len(SUM_NAMES)] float64, additive. `gradient` [N] is d loss / d logprob of the sampled tokens."""
     size = gradient.double().abs()
     sums = [size.sum()]
+    enabled = {rule: value for rule in RULES if (value := getattr(config, rule)) is not None}
+    rest = {rule: enabled.get(rule, getattr(DEFAULTS, rule)) for rule in RULES if rule not in found.correction.masked}
+    touched_by = {**found.correction.masked, **affected_by(rest, found.correction_inputs)}
     for rule in RULES:
-        parameter = getattr(config, rule)
-        on = parameter is not None
-        if rule in found.correction.masked:
-            touched = found.correction.masked[rule]
-        else:
-            touched = affected(rule, found.correction_inputs, parameter if on else getattr(DEFAULTS, rule))
+        on, touched = rule in enabled, touched_by[rule]
         count = size.new_full((), len(size))
         none = torch.zeros_like(count)
         sums += [count, none] if on else [none, count]

@@ -55,24 +55,26 @@ class Saver:
     _begun: asyncio.Queue[tuple[Path, DriverState, float | None]] = field(default_factory=asyncio.Queue)
 
     async def after_step(
-        self, state: DriverState, metrics: Mapping[str, float], last: bool = False
+        self, step: int, state_at: Callable[[int], DriverState], metrics: Mapping[str, float], last: bool = False
     ) -> dict[str, float]:
         """Begin a checkpoint and export the model, if either is due. `metrics` are those of the step.
 
+        `state_at`: asked for the driver's state only if a checkpoint is due, for it lists every prompt of the run.
         `last`: the run ends here, so a checkpoint is due.
 
         Returns what there is to log: the seconds that training was held up.
         """
         start, every, done = time.perf_counter(), self.config.checkpoint.export_every, {}
-        if self._due(state.step, last):
+        if self._due(step, last):
+            state = state_at(step)
             await self.all_done()
-            staged = await asyncio.to_thread(self._stage, state.step)
+            staged = await asyncio.to_thread(self._stage, step)
             await self.trainer.snapshot(str(staged.resolve()))
             self._begun.put_nowait((staged, state, self._metric(metrics)))
             done["checkpoint/held_s"] = time.perf_counter() - start
-        if every and state.step % every == 0:
+        if every and step % every == 0:
             start = time.perf_counter()
-            target = self.exports / step_name(state.step)
+            target = self.exports / step_name(step)
             shutil.rmtree(target, ignore_errors=True)  # of a run that went this far before it was resumed
             self.exports.mkdir(parents=True, exist_ok=True)
             await self.trainer.export(str(target.resolve()))

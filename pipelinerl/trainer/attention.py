@@ -138,8 +138,9 @@ def varlen_attention(
     if dropout:
         raise EnvironmentProblem("this model has attention dropout; use trainer.attention=sdpa")
     if key.shape[2] != query.shape[2]:
-        assert list(segments) == [(1, query.shape[2])], f"cached keys belong to one sequence, segments are {segments}"
-        return _after_cached(query, key, value, scaling, dropout, sliding_window), None
+        return segment_attention(
+            module, query, key, value, attention_mask, scaling=scaling, segments=segments, sliding_window=sliding_window
+        )
     bounds, longest = _bounds(tuple(segments), query.device)
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
     out = varlen_attn(

@@ -36,7 +36,7 @@ from transformers import PreTrainedModel
 
 from pipelinerl.config.schema import LoraConfig
 from pipelinerl.errors import ConfigError, first_line
-from pipelinerl.trainer.sharding import full_numel, full_shape, gathered, is_sharded
+from pipelinerl.trainer.sharding import gathered, is_sharded, manifest_entry
 from pipelinerl.weights.manifest import Manifest, Parameter
 from pipelinerl.weights.source import Bucket
 
@@ -170,9 +170,7 @@ class _CheckpointTensor:
         return [self.parameter] if self.layer is None else list(self.layer.parameters())
 
     def entry(self) -> Parameter:
-        dtype = str(self.parameter.dtype).removeprefix("torch.")
-        nbytes = full_numel(self.parameter) * self.parameter.element_size()
-        return Parameter(self.name, dtype, full_shape(self.parameter), nbytes)
+        return manifest_entry(self.name, self.parameter)
 
     def read(self) -> Tensor:
         return self.parameter.detach() if self.layer is None else self.layer.merged_weight()

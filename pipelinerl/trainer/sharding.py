@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from pipelinerl.weights import manifest
+
 
 def is_sharded(parameter: Tensor) -> bool:
     """Whether DeepSpeed has cut this parameter up."""
@@ -25,6 +27,12 @@ def full_shape(parameter: Tensor) -> tuple[int, ...]:
 def full_numel(parameter: Tensor) -> int:
     """The elements of the whole parameter."""
     return int(parameter.ds_numel) if is_sharded(parameter) else parameter.numel()  # type: ignore[attr-defined]
+
+
+def manifest_entry(name: str, parameter: Tensor) -> manifest.Parameter:
+    """What a manifest says of the whole parameter."""
+    dtype = str(parameter.dtype).removeprefix("torch.")
+    return manifest.Parameter(name, dtype, full_shape(parameter), full_numel(parameter) * parameter.element_size())
 
 
 def held(parameter: Parameter) -> Tensor:

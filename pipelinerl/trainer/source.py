@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from pipelinerl.trainer.lora import MergedModel, has_adapters
-from pipelinerl.trainer.sharding import full_numel, full_shape, gathered, is_sharded
-from pipelinerl.weights.manifest import Manifest, Parameter
+from pipelinerl.trainer.sharding import gathered, is_sharded, manifest_entry
+from pipelinerl.weights.manifest import Manifest
 from pipelinerl.weights.source import Bucket, WeightSource, WholeModel
 
 
@@ -18,10 +18,7 @@ class ShardedModel:
 
     def __init__(self, model: nn.Module, bucket_bytes: int):
         self._parameters = dict(model.named_parameters(remove_duplicate=True))
-        entries = (
-            Parameter(name, str(p.dtype).removeprefix("torch."), full_shape(p), full_numel(p) * p.element_size())
-            for name, p in self._parameters.items()
-        )
+        entries = (manifest_entry(name, parameter) for name, parameter in self._parameters.items())
         self.manifest = Manifest(tuple(entries), bucket_bytes)
 
     def buckets(self) -> Iterator[Bucket]:
