@@ -6,6 +6,7 @@
 
     train   consumes the groups of a step      waits for  buffer.take         unblocked by  fill
     fill    consumes problems and places       waits for  buffer.admit        unblocked by  train (published)
+    land    consumes updates under way         waits for  engines to serve    unblocked by  the publisher
     refit   consumes restarted engines         waits for  the trainer         unblocked by  train (between two steps)
     watch   consumes nothing                   waits for  time                ends the run when nothing is finished
     finish  consumes snapshots                 waits for  the ranks' writers  unblocked by  the disk
@@ -67,7 +68,8 @@ class Trainer(Protocol):
 class WeightPublisher(Protocol):
     """Weight updates, as the loop uses them."""
 
-    async def publish(self, version: int, changed: bool | None = None) -> dict[str, float]: ...
+    async def begin(self, version: int, changed: bool | None = None) -> asyncio.Task[dict[str, float]]:
+        """Return when the trainer may change its weights again. The task ends when the engines serve `version`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,8 @@ class Run:
     version: int = 0  # of the trainer's weights
     trainer_is_free: asyncio.Lock = field(default_factory=asyncio.Lock)  # between its steps, and what belongs to them
     unpublished: list[StepResult] = field(default_factory=list)  # of the steps since the last weight update
+    landing: asyncio.Queue[tuple[int, asyncio.Task[dict[str, float]]]] = field(default_factory=asyncio.Queue)
+    sync: dict[str, float] = field(default_factory=dict)  # metrics of the last update that is not logged yet
     last_progress: float = field(default_factory=time.monotonic)
 
     def resume(self, state: DriverState) -> None:
@@ -129,8 +133,8 @@ class Run:
 
 async def train(run: Run) -> None:
     """prompt -> rollouts -> group -> advantages -> packed batch -> loss -> step -> broadcast -> engines."""
-    async with background(watch(run), run.saver.finish()):
-        await run.publisher.publish(run.start)
+    async with background(watch(run), run.saver.finish(), land(run)):
+        await publish(run, first=True)
         if run.start == 0:
             await evaluate(run, version=0)
         async with background(fill(run), refit(run)):
@@ -144,14 +148,16 @@ async def train(run: Run) -> None:
                         write_rollouts(run, step, groups, batches.advantages),
                     )
                     settle(run, step, groups, result)
-                    sync = await publish(run) if update_is_due(run, step) else {}
-                metrics = meter.stop(run, groups, result) | batches.metrics | sync
+                    if update_is_due(run, step):
+                        await publish(run)
+                metrics = meter.stop(run, groups, result) | batches.metrics | news_of_updates(run)
                 run.log.log("train", step, metrics)
                 check_skipped(run, result)
                 check_parity(run, step, result)
                 await save(run, step, metrics | await evaluate(run, version=step))
                 if run.ending.wished:
                     break
+        await landed(run)
         await run.saver.all_done()
 
 
@@ -209,6 +215,41 @@ async def watch(run: Run) -> None:
             )
 
 
+def update_is_due(run: Run, step: int) -> bool:
+    return step % run.config.weights.every == 0 or step == run.config.steps
+
+
+async def publish(run: Run, first: bool = False) -> None:
+    """Begin to bring the trainer's weights to the engines. The trainer is free to change them when this returns."""
+    await landed(run)
+    update = await run.publisher.begin(run.version, None if first else weights_changed(run.unpublished))
+    run.unpublished.clear()
+    run.landing.put_nowait((run.version, update))
+    if run.config.weights.sync_mode == "blocking":
+        await landed(run)
+
+
+async def land(run: Run) -> None:
+    """Let the groups start that an update admits, once it has reached the engines."""
+    while True:
+        version, update = await run.landing.get()
+        run.sync = await update
+        await run.buffer.published(version)
+        run.last_progress = time.monotonic()
+        run.landing.task_done()
+
+
+async def landed(run: Run) -> None:
+    """Wait until the engines serve what was published."""
+    await run.landing.join()
+
+
+def news_of_updates(run: Run) -> dict[str, float]:
+    """`sync/*` of the newest update that has landed and was not reported: `sync/version` says which one it is."""
+    news, run.sync = run.sync, {}
+    return news
+
+
 async def refit(run: Run) -> None:
     """Bring the current weights to engines that were restarted, also while the trainer waits for groups.
 
@@ -218,20 +259,7 @@ async def refit(run: Run) -> None:
         await run.fleet.stale()
         async with run.trainer_is_free:
             await publish(run)
-        await asyncio.sleep(0)
-
-
-def update_is_due(run: Run, step: int) -> bool:
-    return step % run.config.weights.every == 0 or step == run.config.steps
-
-
-async def publish(run: Run) -> dict[str, float]:
-    """Bring the trainer's weights to the engines, and let the groups they admit start."""
-    metrics = await run.publisher.publish(run.version, weights_changed(run.unpublished))
-    run.unpublished.clear()
-    await run.buffer.published(run.version)
-    run.last_progress = time.monotonic()
-    return metrics
+        await landed(run)
 
 
 def weights_changed(steps: Sequence[StepResult]) -> bool | None:
@@ -246,6 +274,7 @@ async def evaluate(run: Run, version: int) -> dict[str, float]:
     """Accuracy on the held-out problems when it is due. No update happens meanwhile, so it is that of one version."""
     if version not in eval_versions(run.config):
         return {}
+    await landed(run)
     problems = run.task.problems("eval")
     if not problems:  # the task holds none out
         return {}

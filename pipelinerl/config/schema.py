@@ -525,6 +525,11 @@ class WeightsConfig(Section):
 
     backend: Literal["auto", "gloo", "nccl"] = Field("auto", description="auto: gloo on CPU, nccl on GPU")
     every: PositiveInt = Field(1, description="optimizer steps between two updates")
+    sync_mode: Literal["overlap", "blocking"] = Field(
+        "overlap",
+        description="overlap: the next step begins when the transport has a copy of the weights; blocking: when the "
+        "engines serve them",
+    )
     bucket_mb: PositiveInt = Field(256, description="size of one broadcast")
     timeout_s: PositiveFloat = Field(120.0, description="for one whole update")
 

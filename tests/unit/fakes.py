@@ -185,6 +185,9 @@ class FakePublisher:
         self.changed: list[bool | None] = []  # what each publication was expected to bring
         self.gates: dict[int, Gate] = {}
 
+    async def begin(self, version: int, changed: bool | None = None) -> asyncio.Task[dict[str, float]]:
+        return asyncio.create_task(self.publish(version, changed))
+
     async def publish(self, version: int, changed: bool | None = None) -> dict[str, float]:
         if version in self.gates:
             await self.gates[version].pass_through()
