@@ -17,9 +17,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
-
-import numpy as np
 
 from pipelinerl.checkpoint.driver_state import DriverState
 from pipelinerl.checkpoint.saver import Saver
@@ -32,6 +31,7 @@ from pipelinerl.metrics.records import group_metrics
 from pipelinerl.metrics.rollouts import RolloutWriter
 from pipelinerl.parity.alarm import Alarm
 from pipelinerl.rollout.buffer import GroupBuffer
+from pipelinerl.rollout.evaluate import Evaluator
 from pipelinerl.tasks.base import Task
 from pipelinerl.tasks.stream import ProblemStream
 from pipelinerl.types import FloatArray, GroupMeta, Problem, RankBatch, SampleKL, StepResult
@@ -222,27 +222,10 @@ def weights_changed(steps: Sequence[StepResult]) -> bool | None:
 
 
 async def evaluate(run: Run, version: int) -> dict[str, float]:
-    """Accuracy on the held-out problems when it is due. No update happens meanwhile, so it is that of one version."""
+    """Measure the held-out problems when it is due. No update happens meanwhile, so it is that of one version."""
     if version not in eval_versions(run.config):
         return {}
-    problems = run.task.problems("eval")
-    if not problems:  # the task holds none out
-        return {}
-    metas = await together(*(solve(run, i, problem) for i, problem in enumerate(problems)))
-    rollouts = [rollout for meta in metas for rollout in meta.rollouts]
-    versions = {v for rollout in rollouts for v in rollout.tokens_by_version}
-    assert versions <= {version}, f"evaluation of version {version} sampled from {versions}"
-    scored = [rollout.reward for rollout in rollouts if rollout.outcome.scored]
-    name = f"eval/{run.task.name}"
-    values = {
-        f"{name}/problems": float(len(problems)),
-        f"{name}/errored": float(len(rollouts) - len(scored)),
-        f"{name}/tokens_mean": float(np.mean([rollout.completion_len for rollout in rollouts])),
-    }
-    if scored:
-        values[f"{name}/accuracy"] = float(np.mean(scored))
-    run.log.log("eval", version, values)
-    return values
+    return await Evaluator(run.config.eval, run.task, partial(solve, run), run.log).evaluate(version)
 
 
 async def solve(run: Run, index: int, problem: Problem) -> GroupMeta:

@@ -41,7 +41,7 @@ def resolve_backend(config: RunConfig, device: Device) -> Literal["gloo", "nccl"
 
 def gpus_needed(config: RunConfig) -> int:
     """GPUs of a run on cuda: every engine and every trainer rank has its own."""
-    return config.engine.count * config.engine.tensor_parallel + config.trainer.ranks
+    return config.engines * config.engine.tensor_parallel + config.trainer.ranks
 
 
 def _installed_gpus() -> int:
