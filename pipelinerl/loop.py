@@ -31,6 +31,7 @@ from pipelinerl.metrics.records import group_metrics
 from pipelinerl.metrics.rollouts import RolloutWriter
 from pipelinerl.parity.alarm import Alarm
 from pipelinerl.rollout.buffer import GroupBuffer
+from pipelinerl.rollout.dedicated import DedicatedEvaluations
 from pipelinerl.rollout.evaluate import Evaluator
 from pipelinerl.tasks.base import Task
 from pipelinerl.tasks.stream import ProblemStream
@@ -90,6 +91,7 @@ class Run:
     saver: Saver
     start: int = 0  # steps that were done before
     alarm: Alarm | None = None
+    dedicated: DedicatedEvaluations | None = None  # with eval.engine=dedicated
     tell: Callable[[str], None] = print  # a line for the person who watches
     ending: Ending = field(default_factory=Ending)
     generated_tokens: int = 0
@@ -222,8 +224,15 @@ def weights_changed(steps: Sequence[StepResult]) -> bool | None:
 
 
 async def evaluate(run: Run, version: int) -> dict[str, float]:
-    """Measure the held-out problems when it is due. No update happens meanwhile, so it is that of one version."""
+    """Measure the held-out problems when it is due. No update happens meanwhile, so it is that of one version.
+
+    With an engine of its own it only begins here, but for the last version: then all other engines are free.
+    """
+    assert (run.dedicated is None) == (run.config.eval.engine == "shared"), run.config.eval.engine
     if version not in eval_versions(run.config):
+        return {}
+    if run.dedicated is not None and version < run.config.steps:
+        run.dedicated.begin(version)
         return {}
     return await Evaluator(run.config.eval, run.task, partial(solve, run), run.log).evaluate(version)
 

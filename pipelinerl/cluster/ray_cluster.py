@@ -40,13 +40,17 @@ class RayCluster:
         for which in (signal.SIGINT, signal.SIGTERM):
             signal.signal(which, signal.getsignal(which))
 
-    async def place_workers(self, backend: str) -> tuple[list[RemoteWorker], list[RemoteWorker]]:
+    async def place_workers(
+        self, backend: str, engines: bool = True, trainer: bool = True
+    ) -> tuple[list[RemoteWorker], list[RemoteWorker]]:
         """Reserve what all processes need, then start them. Returns (trainer ranks, rollout workers).
 
+        Without `engines`, or without `trainer`, there are none of those.
         Raises EnvironmentProblem that says what the cluster lacks.
         """
         config = self._config
         trainer_bundles, engine_bundles = bundles(config, self._device, ray.cluster_resources().get("CPU", 1.0))
+        trainer_bundles, engine_bundles = trainer_bundles * trainer, engine_bundles * engines
         trainer_group = await _reserve(trainer_bundles, "PACK")
         engine_group = await _reserve(engine_bundles, "SPREAD")
         trainers = [
@@ -54,8 +58,7 @@ class RayCluster:
             for i, bundle in enumerate(trainer_bundles)
         ]
         self._engine_bundles, self._engine_group = engine_bundles, engine_group
-        engines = self._start_engines(config, backend)
-        return trainers, engines
+        return trainers, self._start_engines(config, backend)
 
     async def replace_engines(self, config: RunConfig, backend: str) -> list[RemoteWorker]:
         """Stop all rollout workers and start new ones in their places, with the engine settings of `config`."""
@@ -134,6 +137,8 @@ def _init_ray(config: RunConfig) -> None:
 
 
 async def _reserve(wanted: list[Bundle], strategy: str) -> Any:
+    if not wanted:
+        return None
     group = placement_group([bundle.resources() for bundle in wanted], strategy=strategy)
     try:
         async with asyncio.timeout(PLACEMENT_TIMEOUT_S):

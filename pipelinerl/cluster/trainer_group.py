@@ -23,7 +23,9 @@ class TrainerGroup:
         self._address = ""
 
     async def setup(self) -> dict[str, Any]:
-        """Bring up the process group and load the model on every rank. Returns what there is to log."""
+        """Bring up the process group and load the model on every rank. Returns what there is to log: of no rank {}."""
+        if not self._ranks:
+            return {}
         self._address, port = await self._ranks[0].endpoint(self._config.start_timeout_s)
         described = await asyncio.gather(
             *(rank.call("setup", self._address, port, timeout_s=self._config.start_timeout_s) for rank in self._ranks)
