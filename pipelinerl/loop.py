@@ -19,9 +19,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
-
-import numpy as np
 
 from pipelinerl.checkpoint.driver_state import DriverState
 from pipelinerl.checkpoint.saver import Saver
@@ -34,6 +33,8 @@ from pipelinerl.metrics.records import group_metrics
 from pipelinerl.metrics.rollouts import RolloutWriter
 from pipelinerl.parity.alarm import Alarm
 from pipelinerl.rollout.buffer import GroupBuffer
+from pipelinerl.rollout.dedicated import DedicatedEvaluations
+from pipelinerl.rollout.evaluate import Evaluator
 from pipelinerl.tasks.base import Task
 from pipelinerl.tasks.stream import ProblemStream
 from pipelinerl.types import FleetEvent, FloatArray, GroupMeta, Problem, RankBatch, SampleKL, StepResult
@@ -51,6 +52,8 @@ class Rollouts(Protocol):
 
     async def stale(self) -> None:
         """Wait until an engine needs the current weights."""
+
+    evaluator_joins: bool  # whether the engine that only evaluates, if there is one, is in the next update
 
     def busy_s(self) -> float: ...
 
@@ -96,6 +99,7 @@ class Run:
     saver: Saver
     start: int = 0  # steps that were done before
     alarm: Alarm | None = None
+    dedicated: DedicatedEvaluations | None = None  # with eval.engine=dedicated
     tell: Callable[[str], None] = print  # a line for the person who watches
     ending: Ending = field(default_factory=Ending)
     generated_tokens: int = 0
@@ -133,7 +137,8 @@ class Run:
 
 async def train(run: Run) -> None:
     """prompt -> rollouts -> group -> advantages -> packed batch -> loss -> step -> broadcast -> engines."""
-    async with background(watch(run), run.saver.finish(), land(run)):
+    dedicated = [run.dedicated.finish()] if run.dedicated else []
+    async with background(watch(run), run.saver.finish(), land(run), *dedicated):
         await publish(run, first=True)
         if run.start == 0:
             await evaluate(run, version=0)
@@ -159,6 +164,8 @@ async def train(run: Run) -> None:
                     break
         await landed(run)
         await run.saver.all_done()
+        if run.dedicated is not None:
+            await run.dedicated.all_done()
 
 
 async def fill(run: Run) -> None:
@@ -222,6 +229,7 @@ def update_is_due(run: Run, step: int) -> bool:
 async def publish(run: Run, first: bool = False) -> None:
     """Begin to bring the trainer's weights to the engines. The trainer is free to change them when this returns."""
     await landed(run)
+    run.fleet.evaluator_joins = run.dedicated is not None and run.dedicated.joins(run.version)
     update = await run.publisher.begin(run.version, None if first else weights_changed(run.unpublished))
     run.unpublished.clear()
     run.landing.put_nowait((run.version, update))
@@ -271,28 +279,18 @@ def weights_changed(steps: Sequence[StepResult]) -> bool | None:
 
 
 async def evaluate(run: Run, version: int) -> dict[str, float]:
-    """Accuracy on the held-out problems when it is due. No update happens meanwhile, so it is that of one version."""
+    """Measure the held-out problems when it is due. No update happens meanwhile, so it is that of one version.
+
+    With an engine of its own it only begins here, but for the last version: then all other engines are free.
+    """
+    assert (run.dedicated is None) == (run.config.eval.engine == "shared"), run.config.eval.engine
     if version not in eval_versions(run.config):
         return {}
     await landed(run)
-    problems = run.task.problems("eval")
-    if not problems:  # the task holds none out
+    if run.dedicated is not None and version < run.config.steps:
+        run.dedicated.begin(version)
         return {}
-    metas = await together(*(solve(run, i, problem) for i, problem in enumerate(problems)))
-    rollouts = [rollout for meta in metas for rollout in meta.rollouts]
-    versions = {v for rollout in rollouts for v in rollout.tokens_by_version}
-    assert versions <= {version}, f"evaluation of version {version} sampled from {versions}"
-    scored = [rollout.reward for rollout in rollouts if rollout.outcome.scored]
-    name = f"eval/{run.task.name}"
-    values = {
-        f"{name}/problems": float(len(problems)),
-        f"{name}/errored": float(len(rollouts) - len(scored)),
-        f"{name}/tokens_mean": float(np.mean([rollout.completion_len for rollout in rollouts])),
-    }
-    if scored:
-        values[f"{name}/accuracy"] = float(np.mean(scored))
-    run.log.log("eval", version, values)
-    return values
+    return await Evaluator(run.config.eval, run.task, partial(solve, run), run.log).evaluate(version)
 
 
 async def solve(run: Run, index: int, problem: Problem) -> GroupMeta:

@@ -90,6 +90,7 @@ class FakeFleet:
         self.finished: list[int] = []
         self.evaluated: list[tuple[int, str]] = []  # (version, problem)
         self.gate, self.eval_gate = Gate(), Gate()
+        self.evaluator_joins = False
         self.restarted = asyncio.Event()  # an engine needs the current weights
         self.fails_at: dict[int, Exception] = {}  # group id -> what its call raises
         self.eval_fails_at: dict[int, Exception] = {}
