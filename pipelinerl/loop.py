@@ -206,6 +206,8 @@ async def publish(run: Run, step: int) -> dict[str, float]:
     """Bring the weights of version `step` to the engines when it is due, and let the groups it admits start."""
     if step % run.config.weights.every and step != run.config.steps:
         return {}
+    if run.config.async_.drains:
+        await run.buffer.drained()
     metrics = await run.publisher.publish(step, weights_changed(run.unpublished))
     run.unpublished.clear()
     await run.buffer.published(step)

@@ -30,7 +30,11 @@ class StepBatches:
 
 
 def make_batches(
-    groups: Sequence[GroupMeta], config: RunConfig, step: int, kl: Sequence[SampleKL] | None = None
+    groups: Sequence[GroupMeta],
+    config: RunConfig,
+    step: int,
+    kl: Sequence[SampleKL] | None = None,
+    denominator: float | None = None,
 ) -> StepBatches:
     """The work of every rank in every update of a step. Completions that were not scored are in none of it.
 
@@ -40,6 +44,7 @@ def make_batches(
         step: counted from 1, for the schedule of the KL's coefficient.
         kl: of every scored completion, with `algo.kl.place=reward`. Without it the KL is left out; the packing is the
             same, so that the batches made without it can be sent to measure it.
+        denominator: of the loss, where these are not all groups of the step; None: that of each update.
 
     Raises:
         DataError: a reward that cannot be trained on; names the group.
@@ -53,7 +58,9 @@ def make_batches(
     made = step_advantages(scores, algo.advantage, beta, config.reward.weights)
     shares = np.array_split(np.arange(len(groups)), config.batch.updates)
     updates = [
-        _over_ranks(_references(groups, made.values, share.tolist(), config), made.kl_to_go, config.trainer)
+        _over_ranks(
+            _references(groups, made.values, share.tolist(), config, denominator), made.kl_to_go, config.trainer
+        )
         for share in shares
         if share.size
     ]
@@ -91,7 +98,11 @@ def _scores(group: GroupMeta, config: RunConfig, kl: Mapping[int, SampleKL]) -> 
 
 
 def _references(
-    groups: Sequence[GroupMeta], advantages: Sequence[FloatArray], share: Sequence[int], config: RunConfig
+    groups: Sequence[GroupMeta],
+    advantages: Sequence[FloatArray],
+    share: Sequence[int],
+    config: RunConfig,
+    denominator: float | None,
 ) -> list[SampleRef]:
     """The scored completions of the groups of one update, with weights that are 0 where truncation masks them."""
     samples = [(g, r, rollout) for g in share for r, rollout in enumerate(groups[g].rollouts) if rollout.outcome.scored]
@@ -100,6 +111,7 @@ def _references(
         [group for group, *_ in samples],
         config.algo.mean_over,
         config.sampling.max_tokens,
+        denominator,
     )
     return [
         SampleRef(
