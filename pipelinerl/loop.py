@@ -32,6 +32,7 @@ from pipelinerl.metrics.records import group_metrics
 from pipelinerl.metrics.rollouts import RolloutWriter
 from pipelinerl.parity.alarm import Alarm
 from pipelinerl.rollout.buffer import GroupBuffer
+from pipelinerl.streamed import StreamedStep
 from pipelinerl.tasks.base import Task
 from pipelinerl.tasks.stream import ProblemStream
 from pipelinerl.types import FloatArray, GroupMeta, Problem, RankBatch, SampleKL, StepResult
@@ -56,6 +57,12 @@ class Trainer(Protocol):
     """The trainer ranks, as the loop uses them."""
 
     async def step(self, updates: Sequence[Sequence[RankBatch]], payloads: Sequence[Any]) -> StepResult: ...
+
+    async def begin_step(self) -> None: ...
+
+    async def accumulate(self, batches: Sequence[RankBatch], payloads: Sequence[Any], last: bool) -> None: ...
+
+    async def finish_step(self, scale: float) -> StepResult: ...
 
     async def reference_kl(self, updates: Sequence[Sequence[RankBatch]], payloads: Sequence[Any]) -> list[SampleKL]: ...
 
@@ -263,6 +270,43 @@ async def prepare(run: Run, step: int, groups: Sequence[Finished]) -> StepBatche
     measured = await run.trainer.reference_kl(batches.updates, [group.payload for group in groups])
     run.last_progress = time.monotonic()
     return make_batches(metas, run.config, step, measured)
+
+
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """A step that was trained on while its groups arrived; all but `chunks` as if it had been whole."""
+
+    groups: list[Finished]  # in order of admission
+    batches: StepBatches  # without updates
+    result: StepResult
+    chunks: list[list[int]]  # ids of the groups that went into training together: with them the step repeats exactly
+
+
+async def stream(run: Run, step: int) -> Streamed:
+    """Take and train on the groups of a step as they become ready (`batch.stream`)."""
+    streamed, groups = StreamedStep(run.config, step), list[Finished]()
+    await run.trainer.begin_step()
+    while not streamed.complete:
+        chunk = await next_chunk(run, streamed)
+        metas, payloads = [group.meta for group in chunk], [group.payload for group in chunk]
+        batches, measured = streamed.batches(metas), None
+        if run.config.algo.kl.on and run.config.algo.kl.place == "reward":
+            measured = await run.trainer.reference_kl([batches], payloads)
+            batches = streamed.batches(metas, measured)
+        streamed.add(metas, measured)
+        groups += chunk
+        await run.trainer.accumulate(batches, payloads, last=streamed.complete)
+        run.last_progress = time.monotonic()
+    result = await run.trainer.finish_step(streamed.scale)
+    return Streamed(sorted(groups, key=lambda group: group.meta.id), streamed.values(), result, streamed.chunks)
+
+
+async def next_chunk(run: Run, streamed: StreamedStep) -> list[Finished]:
+    """All groups that became ready meanwhile, in order of admission; more are awaited until it is worth starting."""
+    chunk: list[Finished] = []
+    while not streamed.worth_starting([group.meta for group in chunk]):
+        chunk += await run.buffer.take_ready()
+    return sorted(chunk, key=lambda group: group.meta.id)
 
 
 async def write_rollouts(run: Run, step: int, groups: Sequence[Finished], advantages: Sequence[FloatArray]) -> None:

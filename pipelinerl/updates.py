@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipelinerl.algo.advantages import GroupScores, has_signal, step_advantages
+from pipelinerl.algo.advantages import GroupScores, StepAdvantages, has_signal, step_advantages
 from pipelinerl.algo.aggregation import token_weights
 from pipelinerl.algo.rewards import trained_rewards
 from pipelinerl.batch.packing import rank_batches
@@ -49,13 +49,7 @@ def make_batches(
     Raises:
         DataError: a reward that cannot be trained on; names the group.
     """
-    algo = config.algo
-    beta = algo.kl.at(step, config.steps) if kl is not None else 0.0
-    kl_of: list[dict[int, SampleKL]] = [{} for _ in groups]
-    for sample in kl or ():
-        kl_of[sample.group][sample.rollout] = sample
-    scores = [_scores(group, config, measured) for group, measured in zip(groups, kl_of, strict=True)]
-    made = step_advantages(scores, algo.advantage, beta, config.reward.weights)
+    made, metrics = step_values(groups, config, step, kl)
     shares = np.array_split(np.arange(len(groups)), config.batch.updates)
     updates = [
         _over_ranks(
@@ -64,9 +58,22 @@ def make_batches(
         for share in shares
         if share.size
     ]
-    taken_off = [beta * sample.total for sample in kl or ()]
-    metrics = trained_metrics(groups, [score.rewards for score in scores], made.values, taken_off)
     return StepBatches(updates, made.values, metrics)
+
+
+def step_values(
+    groups: Sequence[GroupMeta], config: RunConfig, step: int, kl: Sequence[SampleKL] | None = None
+) -> tuple[StepAdvantages, dict[str, float]]:
+    """Advantages and metrics of a step. Arguments and errors as of `make_batches`."""
+    algo = config.algo
+    beta = algo.kl.at(step, config.steps) if kl is not None else 0.0
+    kl_of: list[dict[int, SampleKL]] = [{} for _ in groups]
+    for sample in kl or ():
+        kl_of[sample.group][sample.rollout] = sample
+    scores = [_scores(group, config, measured) for group, measured in zip(groups, kl_of, strict=True)]
+    made = step_advantages(scores, algo.advantage, beta, config.reward.weights)
+    taken_off = [beta * sample.total for sample in kl or ()]
+    return made, trained_metrics(groups, [score.rewards for score in scores], made.values, taken_off)
 
 
 def why_unusable(group: GroupMeta, config: RunConfig) -> str | None:

@@ -1,7 +1,7 @@
 """The trainer ranks as one trainer."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +38,24 @@ class TrainerGroup:
             for rank, own in zip(self._ranks, zip(*updates, strict=True), strict=True)
         )
         results: list[StepResult] = await asyncio.gather(*calls)
+        return results[0]
+
+    async def begin_step(self) -> None:
+        """The first of a step that comes in parts, as groups become ready."""
+        await self._all_ranks("begin_step")
+
+    async def accumulate(self, batches: Sequence[RankBatch], payloads: Sequence[Any], last: bool) -> None:
+        """Add up the gradient of one part, [rank]; `payloads` as of `step`. `last`: `finish_step` follows."""
+
+        def call(rank: RemoteWorker, batch: RankBatch) -> Awaitable[None]:
+            (own,), *used = _own_share([batch], payloads)
+            return rank.call("accumulate", own, last, *used, timeout_s=self._config.step_timeout_s)
+
+        await asyncio.gather(*map(call, self._ranks, batches))
+
+    async def finish_step(self, scale: float) -> StepResult:
+        """The optimizer update of what was accumulated, times `scale`."""
+        results: list[StepResult] = await self._all_ranks("finish_step", scale)
         return results[0]
 
     async def reference_kl(self, updates: Sequence[Sequence[RankBatch]], payloads: Sequence[Any]) -> list[SampleKL]:
