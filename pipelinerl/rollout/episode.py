@@ -37,8 +37,9 @@ class _Transcript:
 async def run_episode(env: Env, generate: GenerateFn, renderer: ChatRenderer, max_total_tokens: int) -> Rollout:
     """Play one episode of at most `max_total_tokens` tokens, prompt and all turns together.
 
-    An exception of the environment becomes an `env_error` rollout. A PipelineRLError from anywhere, and whatever
-    `generate` raises, goes through: it ends the run.
+    An exception of the environment becomes an `env_error` rollout, and so does a reward that is not finite. A
+    completion with a logprob that is not finite ends the episode as `bad_logprob`. A PipelineRLError from anywhere,
+    and whatever `generate` raises, goes through: it ends the run.
     """
     transcript = _Transcript()
     try:
@@ -79,6 +80,10 @@ async def _play(
         transcript.turns.append(Turn(np.array(context, np.int32), replace(completion, text=text)))
         if completion.finish_reason == "abort":
             return Score(0.0, outcome=Outcome.INFRA_ABORT, detail="the engine aborted the request")
+        broken = int(np.count_nonzero(~np.isfinite(completion.logprobs)))
+        if broken:
+            detail = f"the engine returned {broken} of {len(completion.logprobs)} logprobs that are not finite"
+            return Score(0.0, outcome=Outcome.BAD_LOGPROB, detail=detail)
         truncated = completion.finish_reason == "length"
         step = await _guarded(env.step, text, truncated)
         if truncated:
