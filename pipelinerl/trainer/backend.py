@@ -7,6 +7,8 @@ loss (see step.py) and the second is never asked for (`scale_wrt_gas=False`).
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -108,13 +110,8 @@ class DeepSpeedBackend:
         """
         if self._stage == 0:
             return self._apply(self._clip(scale))
-        # The sharded optimizers take gradients for those of a loss times `loss_scale`, and divide by it before they
-        # clip: in norm, clipping and update, whatever buffers a stage keeps them in.
-        self._engine.optimizer.loss_scale = 1 / scale
-        try:
+        with _scaled_gradients(self._engine.optimizer, scale):
             return self._apply()
-        finally:
-            self._engine.optimizer.loss_scale = 1.0
 
     def _apply(self, norm: float | None = None) -> tuple[bool, float]:
         """The update, with the norm where DeepSpeed does not know it."""
@@ -155,6 +152,25 @@ class DeepSpeedBackend:
             for gradient in gradients:
                 gradient.mul_(factor)
         return norm
+
+
+@contextmanager
+def _scaled_gradients(optimizer: Any, scale: float) -> Iterator[None]:
+    """What a sharded optimizer has accumulated counts `scale` times in norm, clipping and update."""
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    if isinstance(optimizer, BF16_Optimizer):  # bf16 at stage 1
+        for gradients in optimizer.fp32_groups_gradients_flat:
+            gradients.mul_(scale)
+        yield
+        return
+    # The others take gradients for those of a loss times `loss_scale` and divide by it first, wherever they keep them.
+    assert optimizer.loss_scale == 1.0, optimizer.loss_scale
+    optimizer.loss_scale = 1 / scale
+    try:
+        yield
+    finally:
+        optimizer.loss_scale = 1.0
 
 
 def _undo_trial_step(optimizer: Any) -> None:

@@ -391,7 +391,7 @@ def test_the_cases_are_cut_as_they_say(groups: list[RolloutGroup]) -> None:
     assert [[len(m) for m in batch.micro_batches] for batch in uneven(groups)] == [[5, 1, 5], [1, 0, 0]]
     assert [[len(m) for m in batch.micro_batches] for batch in unpacked(groups)] == [[1] * 6] * 2
     assert [[[len(m) for m in batch.micro_batches] for batch in part] for part in in_parts(groups, 2)] == [
-        [[2], [2]],
+        [[3], [1]],
         [[5, 2], [1, 0]],
     ]
 
