@@ -112,7 +112,7 @@ class Simulation:
         assert kept == last_step * case.groups_per_step
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(cases(), st.randoms(use_true_random=False))
 def test_the_contract_holds_under_every_schedule(case: Case, random: Random) -> None:
     async def simulate() -> Simulation:

@@ -208,7 +208,12 @@ async def test_errors_of_the_engine_go_through() -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "words"), [(EnvStep(None), "without a score"), (EnvStep(Score(float("nan"))), "reward is nan")]
+    ("step", "words"),
+    [
+        (EnvStep(None), "without a score"),
+        (EnvStep(Score(float("nan"))), "reward is nan"),
+        (EnvStep(Score(1.0, {"length": float("-inf")})), "component length is -inf"),
+    ],
 )
 async def test_an_environment_that_breaks_its_contract_is_an_env_error(step: EnvStep, words: str) -> None:
     class Bad(GuessTwice):

@@ -395,9 +395,12 @@ async def test_a_kl_in_the_reward_is_measured_chunk_by_chunk(tmp_path: Path) -> 
 # Groups that are not whole
 
 
-async def test_completions_that_were_not_scored_are_in_no_batch_and_no_denominator(tmp_path: Path) -> None:
+@pytest.mark.parametrize("outcome", [ERROR, BAD])
+async def test_completions_that_were_not_scored_are_in_no_batch_and_no_denominator(
+    tmp_path: Path, outcome: Outcome
+) -> None:
     run = fake_run(tmp_path, "batch.group_size=4", "steps=1")
-    run.fleet.outcomes = lambda group: [OK, ERROR, OK, OK] if group == 1 else [OK] * 4
+    run.fleet.outcomes = lambda group: [OK, outcome, OK, OK] if group == 1 else [OK] * 4
     run.fleet.rewards = lambda group: [1.0, float("nan") if group == 1 else 1.0, 0.0, 0.0]
     await finish(run)
     [updates] = run.trainer.updates
@@ -410,7 +413,7 @@ async def test_completions_that_were_not_scored_are_in_no_batch_and_no_denominat
     assert {place: ref.advantage for place, ref in refs.items()} == pytest.approx(expected)
     assert all(ref.weight == 1 / (7 * COMPLETION_TOKENS) for ref in refs.values())
     [line] = lines(run, "train")
-    assert (line["groups/errored"], line["outcome/env_error"], line["reward/mean"]) == (1, 1, pytest.approx(3 / 7))
+    assert (line["groups/errored"], line[f"outcome/{outcome}"], line["reward/mean"]) == (1, 1, pytest.approx(3 / 7))
 
 
 @pytest.mark.parametrize("ends", [[ABORT, ABORT], [ERROR, TIMEOUT], [OK, ERROR]])

@@ -59,7 +59,7 @@ def train(
     return trained
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=60)
 @given(
     steps(),
     st.sampled_from(GROUP_ADVANTAGES),
