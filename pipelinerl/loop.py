@@ -35,6 +35,7 @@ from pipelinerl.parity.alarm import Alarm
 from pipelinerl.rollout.buffer import GroupBuffer
 from pipelinerl.rollout.dedicated import DedicatedEvaluations
 from pipelinerl.rollout.evaluate import Evaluator
+from pipelinerl.streamed import StreamedStep
 from pipelinerl.tasks.base import Task
 from pipelinerl.tasks.stream import ProblemStream
 from pipelinerl.types import FleetEvent, FloatArray, GroupMeta, Problem, RankBatch, SampleKL, StepResult
@@ -64,6 +65,12 @@ class Trainer(Protocol):
     """The trainer ranks, as the loop uses them."""
 
     async def step(self, updates: Sequence[Sequence[RankBatch]], payloads: Sequence[Any]) -> StepResult: ...
+
+    async def begin_step(self) -> None: ...
+
+    async def accumulate(self, batches: Sequence[RankBatch], payloads: Sequence[Any], last: bool) -> None: ...
+
+    async def finish_step(self, scale: float) -> StepResult: ...
 
     async def reference_kl(self, updates: Sequence[Sequence[RankBatch]], payloads: Sequence[Any]) -> list[SampleKL]: ...
 
@@ -145,20 +152,15 @@ async def train(run: Run) -> None:
         async with background(fill(run), refit(run)):
             for step in range(run.start + 1, run.config.steps + 1):
                 meter = Meter.start(run)
-                groups = await run.buffer.take()
-                async with run.trainer_is_free:
-                    batches = await prepare(run, step, groups)
-                    result, _ = await together(
-                        run.trainer.step(batches.updates, [group.payload for group in groups]),
-                        write_rollouts(run, step, groups, batches.advantages),
-                    )
-                    settle(run, step, groups, result)
-                    if update_is_due(run, step):
-                        await publish(run)
-                metrics = meter.stop(run, groups, result) | batches.metrics | news_of_updates(run)
+                trained = await (stream if run.config.batch.stream else whole)(run, step)
+                if update_is_due(run, step):
+                    await publish_after(run)
+                metrics = (
+                    meter.stop(run, trained.groups, trained.result) | trained.batches.metrics | news_of_updates(run)
+                )
                 run.log.log("train", step, metrics)
-                check_skipped(run, result)
-                check_parity(run, step, result)
+                check_skipped(run, trained.result)
+                check_parity(run, step, trained.result)
                 await save(run, step, metrics | await evaluate(run, version=step))
                 if run.ending.wished:
                     break
@@ -224,6 +226,18 @@ async def watch(run: Run) -> None:
 
 def update_is_due(run: Run, step: int) -> bool:
     return step % run.config.weights.every == 0 or step == run.config.steps
+
+
+async def publish_after(run: Run) -> None:
+    """Publish what a step made; in the modes in which a completion is of one version, once all of them are complete.
+
+    The trainer is free while it waits for them, so that an engine that is restarted meanwhile can be brought up.
+    """
+    if run.config.async_.drains:
+        await landed(run)  # the update before this one admits the groups to wait for
+        await run.buffer.drained()
+    async with run.trainer_is_free:
+        await publish(run)
 
 
 async def publish(run: Run, first: bool = False) -> None:
@@ -309,6 +323,66 @@ async def prepare(run: Run, step: int, groups: Sequence[Finished]) -> StepBatche
     measured = await run.trainer.reference_kl(batches.updates, [group.payload for group in groups])
     run.last_progress = time.monotonic()
     return make_batches(metas, run.config, step, measured)
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A step that was trained on."""
+
+    groups: list[Finished]  # in order of admission
+    batches: StepBatches
+    result: StepResult
+    chunks: list[list[int]] | None = None  # streamed: ids of the groups that went into training together
+
+
+async def whole(run: Run, step: int) -> Trained:
+    """Take all groups of a step, then train on them."""
+    groups = await run.buffer.take()
+    async with run.trainer_is_free:
+        batches = await prepare(run, step, groups)
+        result, _ = await together(
+            run.trainer.step(batches.updates, [group.payload for group in groups]),
+            write_rollouts(run, step, groups, batches.advantages),
+        )
+        settle(run, step, groups, result)
+    return Trained(groups, batches, result)
+
+
+async def stream(run: Run, step: int) -> Trained:
+    """Take and train on the groups of a step as they become ready (`batch.stream`)."""
+    streamed, groups = StreamedStep(run.config, step), list[Finished]()
+    await run.trainer.begin_step()
+    while not streamed.complete:
+        chunk = await next_chunk(run, streamed)
+        async with run.trainer_is_free:
+            await train_on(run, streamed, chunk)
+        groups = sorted([*groups, *chunk], key=lambda group: group.meta.id)
+        run.last_progress = time.monotonic()
+    async with run.trainer_is_free:
+        result = await run.trainer.finish_step(streamed.scale)
+        settle(run, step, groups, result)
+    trained = Trained(groups, streamed.values(), result, streamed.chunks)
+    await write_rollouts(run, step, groups, trained.batches.advantages)
+    return trained
+
+
+async def train_on(run: Run, streamed: StreamedStep, chunk: Sequence[Finished]) -> None:
+    """Add the gradient of some groups of a step."""
+    metas, payloads = [group.meta for group in chunk], [group.payload for group in chunk]
+    batches, measured = streamed.batches(metas), None
+    if run.config.algo.kl.on and run.config.algo.kl.place == "reward":
+        measured = await run.trainer.reference_kl([batches], payloads)
+        batches = streamed.batches(metas, measured)
+    streamed.add(metas, measured)
+    await run.trainer.accumulate(batches, payloads, last=streamed.complete)
+
+
+async def next_chunk(run: Run, streamed: StreamedStep) -> list[Finished]:
+    """All groups that became ready meanwhile, in order of admission; more are awaited until it is worth starting."""
+    chunk: list[Finished] = []
+    while not streamed.worth_starting([group.meta for group in chunk]):
+        chunk += await run.buffer.take_ready()
+    return sorted(chunk, key=lambda group: group.meta.id)
 
 
 async def write_rollouts(run: Run, step: int, groups: Sequence[Finished], advantages: Sequence[FloatArray]) -> None:

@@ -157,6 +157,7 @@ def _step_rows(plan: Plan) -> Rows:
         ("sampled tokens", f"at most {plan.sampled_tokens_per_step:,} = samples x {plan.config.sampling.max_tokens:,}"),
         ("tokens with prompts", f"at most {plan.tokens_per_step:,} = samples x {plan.config.engine.max_model_len:,}"),
         ("weight update", f"every {plan.config.weights.every} step(s) by {plan.backend}"),
+        *([("training", "of a step begins with the groups that are ready")] if batch.stream else []),
     ]
 
 

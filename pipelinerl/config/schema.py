@@ -92,6 +92,9 @@ class BatchConfig(Section):
     updates: PositiveInt = Field(
         1, description="optimizer updates per step, each on its share of the groups (PPO's mini-batches)"
     )
+    stream: bool = Field(
+        False, description="train on the groups of a step as they become ready; the gradient is that of the whole step"
+    )
     max_dropped_groups_in_a_row: PositiveInt = Field(
         64, description="give up (exit 5) when so many groups in a row were unusable"
     )
@@ -100,6 +103,15 @@ class BatchConfig(Section):
     def _updates_share_groups(self) -> "BatchConfig":
         if self.groups_per_step % self.updates:
             raise ValueError(f"updates={self.updates} does not divide groups_per_step={self.groups_per_step}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_update_while_groups_arrive(self) -> "BatchConfig":
+        if self.stream and self.updates > 1:
+            raise ValueError(
+                f"stream=true with updates={self.updates}: the weights would move while groups of the step are still "
+                "arriving; use updates=1 or stream=false"
+            )
         return self
 
 
@@ -243,6 +255,8 @@ class CorrectionConfig(Section):
         return [name for name in ("tis_token", "tis_sequence", "icepop") if getattr(self, name) is not None]
 
 
+# What an advantage is made from: the group, or all groups of the step.
+OF_THE_STEP = ("reinforce_pp", "reinforce_pp_baseline", "batch_std", "gdpo")
 Advantage = Literal["rloo", "grpo", "dr_grpo", "reinforce_pp", "reinforce_pp_baseline", "batch_std", "maxrl", "gdpo"]
 Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant", "prompt_mean"]
 Proximal = Literal["rollout", "recompute", "interpolate"]
@@ -537,15 +551,25 @@ class WeightsConfig(Section):
 class AsyncConfig(Section):
     """How far generation may run ahead of training."""
 
-    mode: Literal["async", "sync"] = Field("async", description="sync alternates generation and training")
+    mode: Literal["async", "sync", "one_step_off"] = Field(
+        "async",
+        description="sync alternates generation and training; one_step_off generates a batch while the one before it "
+        "trains, and updates weights between batches",
+    )
     max_lag: NonNegativeInt | None = Field(
-        None, description="bound on the lag of any trained token, in optimizer steps; null = 2 in async, 0 in sync"
+        None,
+        description="bound on the lag of any trained token, in optimizer steps; null = 2 in async, 0 in sync, 1 in "
+        "one_step_off",
     )
 
     @model_validator(mode="after")
     def _sync_has_no_lag(self) -> "AsyncConfig":
         if self.mode == "sync" and self.max_lag not in (None, 0):
             raise ValueError(f"mode=sync trains on-policy, which contradicts max_lag={self.max_lag}; use max_lag=null")
+        if self.mode == "one_step_off" and self.max_lag not in (None, 1):
+            raise ValueError(
+                f"mode=one_step_off has a lag of 1, which contradicts max_lag={self.max_lag}; use max_lag=null"
+            )
         return self
 
     @property
@@ -553,7 +577,12 @@ class AsyncConfig(Section):
         """The bound in force, in optimizer steps."""
         if self.max_lag is not None:
             return self.max_lag
-        return 0 if self.mode == "sync" else 2
+        return {"sync": 0, "one_step_off": 1, "async": 2}[self.mode]
+
+    @property
+    def drains(self) -> bool:
+        """Whether a weight update waits until no completion is being sampled."""
+        return self.mode == "one_step_off"
 
 
 class EvalConfig(Section):
@@ -706,6 +735,11 @@ def _contradictions(config: RunConfig) -> "list[str]":
             f"async.max_lag={config.async_.lag_bound} with weights.every={config.weights.every}: tokens are up to "
             f"{config.weights.every - 1} steps old before an update is due; raise max_lag or lower every"
         )
+    if config.async_.drains and config.weights.every > 1:
+        found.append(
+            f"async.mode={config.async_.mode} with weights.every={config.weights.every}: batches would be up to "
+            f"{config.weights.every} steps old, not one; use every=1 or mode=async"
+        )
     if config.eval.every % config.weights.every:
         found.append(
             f"eval.every={config.eval.every} with weights.every={config.weights.every}: version {config.eval.every} "
@@ -760,6 +794,11 @@ def _contradictions(config: RunConfig) -> "list[str]":
                     f"cluster.{name}={getattr(config.cluster, name)} is for a local cluster, and "
                     f"cluster.address={config.cluster.address} joins one; use cluster=ray or cluster.{name}=null"
                 )
+    if config.batch.stream and config.algo.advantage in OF_THE_STEP:
+        found.append(
+            f"batch.stream=true with algo.advantage={config.algo.advantage}, which is made from the rewards of all "
+            "groups of the step; use an advantage of the group (rloo, grpo, dr_grpo, maxrl) or stream=false"
+        )
     found += _share_contradictions(config)
     found += _reward_contradictions(config)
     found += _offload_contradictions(config)

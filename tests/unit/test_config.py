@@ -94,6 +94,7 @@ def test_overrides_reach_every_kind_of_key() -> None:
 
 def test_sync_mode_needs_no_second_setting() -> None:
     assert load_config(["async.mode=sync"]).async_.lag_bound == 0
+    assert load_config(["async.mode=one_step_off"]).async_.lag_bound == 1
 
 
 def test_the_working_directory_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,6 +274,13 @@ CONTRADICTIONS = [
         "trainer.offload_optimizer=true with trainer.zero_stage=1 and model.dtype=bfloat16",
     ),
     # shares of the work
+    (["batch.stream=true", "batch.updates=2"], "batch.stream=true with updates=2"),
+    (["batch.stream=true", "algo.advantage=gdpo"], "batch.stream=true with algo.advantage=gdpo, which is made from"),
+    (["async.mode=one_step_off", "async.max_lag=2"], "async.mode=one_step_off has a lag of 1, which contradicts max"),
+    (
+        ["async.mode=one_step_off", "weights.every=2"],
+        "async.mode=one_step_off with weights.every=2: batches would be up to 2 steps old",
+    ),
     (["batch.updates=3"], "batch.updates=3 does not divide groups_per_step=64"),
     (["trainer.ranks=3", "trainer.sequence_parallel=2"], "trainer.sequence_parallel=2 does not divide trainer.ranks=3"),
     (

@@ -104,6 +104,7 @@ def test_the_plan_shows_what_differs_from_it() -> None:
     assert rows["optimizer updates"] == "4 per step, of 16 groups each"
     assert "refilled" in rows["equal rewards"] and "not in the loss" in rows["truncated"]
     assert rows_of("algo=gspo")["loss"] == "gspo, aggregated by seq_mean_token_mean"
+    assert "training" not in rows and "that are ready" in rows_of("batch.stream=true")["training"]
 
 
 def tiny_model(directory: Path) -> Path:
