@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipelinerl.cluster.remote import RemoteWorker
+from pipelinerl.cluster.routing import LeastLoaded
 from pipelinerl.config.schema import RunConfig
 from pipelinerl.types import GroupMeta, Problem
 
 
 class EngineHandle:
-    """One rollout worker and its load."""
+    """One rollout worker."""
 
     def __init__(self, worker: RemoteWorker, config: RunConfig):
         self._worker = worker
         self._config = config
-        self.in_flight = 0
 
     async def start(self) -> dict[str, Any]:
         return dict(await self._worker.call("start", timeout_s=self._config.engine.start_timeout_s))
@@ -46,6 +46,7 @@ class Fleet:
 
     def __init__(self, workers: Sequence[RemoteWorker], config: RunConfig):
         self.engines = [EngineHandle(worker, config) for worker in workers]
+        self.routing = LeastLoaded(len(self.engines))
         self._busy_s = 0.0
         self._busy_since: float | None = None
 
@@ -76,14 +77,13 @@ class Fleet:
         return self._busy_s + running
 
     async def _route(self, method: str, group_id: int, problem: Problem, *args: Any) -> tuple[GroupMeta, Any]:
-        engine = min(self.engines, key=lambda candidate: candidate.in_flight)
+        number = await self.routing.acquire()
         if self._busy_since is None:
             self._busy_since = time.perf_counter()
-        engine.in_flight += 1
         try:
-            return await engine.group(method, group_id, problem, *args)
+            return await self.engines[number].group(method, group_id, problem, *args)
         finally:
-            engine.in_flight -= 1
-            if not any(other.in_flight for other in self.engines):
+            self.routing.release(number)
+            if not self.routing.in_flight:
                 self._busy_s += time.perf_counter() - self._busy_since
                 self._busy_since = None

@@ -89,7 +89,7 @@ async def test_groups_that_fail_or_are_cancelled_no_longer_count_as_load() -> No
     for task in cancelled:
         task.cancel()
     await asyncio.wait(cancelled)
-    assert [engine.in_flight for engine in fleet.engines] == [0, 0]
+    assert [fleet.routing.load(number) for number in range(2)] == [0, 0]
     busy = fleet.busy_s()
     await asyncio.sleep(0.01)
     assert fleet.busy_s() == busy
