@@ -35,7 +35,7 @@ class Outcome(StrEnum):
     @property
     def scored(self) -> bool:
         """True when the reward may enter baseline and loss; the others are masked out and counted."""
-        return self in (Outcome.OK, Outcome.TRUNCATED)
+        return self is Outcome.OK or self is Outcome.TRUNCATED
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,11 @@ Exit code 1 when the median ratio of worker to bare is below --min-ratio.
 
 import argparse
 import asyncio
+import cProfile
 import dataclasses
 import json
 import os
+import pstats
 import subprocess
 import sys
 import tempfile
@@ -183,9 +185,15 @@ async def serve(args: argparse.Namespace, replies: TextIO) -> None:
         one_round = await bare_rounds(config, in_process=args.only == "bare_in_process")
     _send(replies, {})
     for line in iter(sys.stdin.readline, ""):
+        if args.profile:
+            profiler = cProfile.Profile()
+            profiler.enable()
         start = time.perf_counter(), tree_cpu_s()
         sampled = await one_round(int(line))
         end = time.perf_counter(), tree_cpu_s()
+        if args.profile:
+            profiler.disable()
+            pstats.Stats(profiler, stream=sys.stderr).sort_stats("tottime").print_stats(40)
         start = getattr(one_round, "started", start)
         _send(
             replies,
@@ -216,7 +224,7 @@ class Contender:
             "TOKENIZERS_PARALLELISM": "false",
         }
         command = [sys.executable, __file__, *sys.argv[1:], "--only", which, "--path", path]
-        self._log = log
+        self.log = log
         with log.open("w") as errors:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=env
@@ -226,7 +234,7 @@ class Contender:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            sys.exit(f"exit code {self._process.wait()}\n{self._log.read_text()[-4000:]}")
+            sys.exit(f"exit code {self._process.wait()}\n{self.log.read_text()[-4000:]}")
         reply: dict[str, float] = json.loads(line)
         return reply
 
@@ -251,6 +259,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7, help="of each contender, after one that does not count")
     parser.add_argument("--in-process", action="store_true", help="measure `bare, in process` too")
     parser.add_argument("--min-ratio", type=float, help="0.90, or 0.97 for 90m")
+    parser.add_argument("--profile", action="store_true", help="print where a round of the callers' threads goes instead")
     parser.add_argument("--only", choices=list(CONTENDERS), help=argparse.SUPPRESS)
     parser.add_argument("--path", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -288,7 +297,7 @@ def main() -> int:
         for name in names:  # one start after the other
             running[name] = Contender(name, path, Path(folder) / f"{name}.log")
             running[name].reply()
-        for number in range(args.rounds + 1):
+        for number in range(2 if args.profile else args.rounds + 1):
             order = names if number % 2 else names[::-1]
             done = {name: running[name].round(number) for name in order}
             if len({result["crc"] for result in done.values()}) > 1:
@@ -298,6 +307,10 @@ def main() -> int:
                     rounds[name].append(done[name])
         for contender in running.values():
             contender.stop()
+        if args.profile:
+            for contender in running.values():
+                print(contender.log.read_text())
+            return 0
     return report(args, rounds)
 
 
