@@ -44,6 +44,7 @@ class Problem:
 
     id: str
     data: Mapping[str, Any]
+    completion_tokens: int | None = None  # benchmarks: so many are sampled, up to the limit, past any end token
 
 
 @dataclass(frozen=True, slots=True)

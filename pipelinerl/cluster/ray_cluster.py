@@ -10,6 +10,7 @@ from typing import Any
 import ray
 from ray.util.placement_group import placement_group
 
+from pipelinerl.cluster.pinning import Cores, share_out
 from pipelinerl.cluster.placement import Bundle, bundles
 from pipelinerl.cluster.remote import RemoteWorker
 from pipelinerl.config.schema import RunConfig
@@ -29,6 +30,8 @@ class RayCluster:
         self._workers: list[RemoteWorker] = []
         self._engine_bundles: list[Bundle] = []
         self._engine_group: Any = None
+        self._trainer_cores: list[Cores] = []
+        self._engine_cores: list[Cores] = []
         self._started: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -46,6 +49,12 @@ class RayCluster:
         Raises EnvironmentProblem that says what the cluster lacks.
         """
         config = self._config
+        if config.cluster.pin_cores:
+            if self._device != "cpu":
+                raise EnvironmentProblem(
+                    "cluster.pin_cores=true is for CPU runs, and this one is on GPUs: set it to false"
+                )
+            self._trainer_cores, self._engine_cores = share_out(config, sorted(os.sched_getaffinity(0)))
         trainer_bundles, engine_bundles = bundles(config, self._device, ray.cluster_resources().get("CPU", 1.0))
         trainer_group = await _reserve(trainer_bundles, "PACK")
         engine_group = await _reserve(engine_bundles, "SPREAD")
@@ -93,6 +102,7 @@ class RayCluster:
             resources=bundle.resources(),
             env=_worker_env(self._device, args[0], is_trainer=not is_async),
             is_async=is_async,
+            cores=cores[index] if (cores := self._engine_cores if is_async else self._trainer_cores) else None,
         )
         self._workers.append(worker)
         return worker

@@ -142,9 +142,10 @@ class VllmEngine:
         max_tokens: int,
         with_argmax: bool = False,
         seed: int | None = None,
+        past_end: bool = False,
     ) -> Completion:
         """Sample one completion, with a generator of its own if there is a `seed`. `text` is left empty: the caller
-        has the tokenizer.
+        has the tokenizer. `past_end`: always to `max_tokens`.
 
         Raises WorkerDied when the engine is gone.
         """
@@ -153,6 +154,7 @@ class VllmEngine:
             seed=seed,
             temperature=temperature,
             max_tokens=min(max_tokens, self._config.max_model_len - len(prompt)),
+            ignore_eos=past_end,
             logprobs=1 if with_argmax else 0,  # of the sampled token, and of the most likely one
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,

@@ -105,6 +105,8 @@ class RolloutWorker:
         start = time.perf_counter()
         seeded = self._config.sampling.seeded
         seeded = self._backend == "gloo" if seeded is None else seeded  # the transport of CPUs
+        given = problem.completion_tokens
+        limit = max_tokens if given is None else min(given, max_tokens)
 
         def generate_for(rollout: int) -> GenerateFn:
             turns = itertools.count()
@@ -112,7 +114,7 @@ class RolloutWorker:
             async def generate(tokens: list[int]) -> Completion:
                 seed = completion_seed(self._config.seed, purpose, group_id, rollout, next(turns))
                 return await self._engine.generate(
-                    tokens, temperature, max_tokens, with_argmax, seed if seeded else None
+                    tokens, temperature, limit, with_argmax, seed if seeded else None, past_end=given is not None
                 )
 
             return generate

@@ -30,47 +30,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TextIO
 
+from random_model import write_model
+
 from pipelinerl.config.schema import RunConfig
 
 CONTENDERS = {"worker": "worker", "bare": "bare", "bare_in_process": "bare, in process"}
-VOCABULARY = 8192
 Round = Callable[[int], Awaitable[list[list[int]]]]
 """From the number of a round to the sampled tokens of its completions, in order."""
-
-
-def write_model(target: Path) -> None:
-    """A random Qwen2 of 88M parameters in bf16, untied, with a tokenizer of as many words."""
-    import torch
-    from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2Tokenizer
-
-    from pipelinerl.tiny.tokenizer import CHAT_TEMPLATE, END, PAD, SPECIALS, byte_symbols
-
-    words = [*SPECIALS, *byte_symbols()]
-    words += [f"word{index}" for index in range(VOCABULARY - len(words))]
-    tokenizer = Qwen2Tokenizer(
-        vocab={word: index for index, word in enumerate(words)},
-        merges=[],
-        unk_token=None,
-        bos_token=None,
-        eos_token=END,
-        pad_token=PAD,
-        chat_template=CHAT_TEMPLATE,
-    )
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        num_key_value_heads=4,
-        max_position_embeddings=1024,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
 
 
 def run_config(args: argparse.Namespace) -> RunConfig:
@@ -259,7 +225,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7, help="of each contender, after one that does not count")
     parser.add_argument("--in-process", action="store_true", help="measure `bare, in process` too")
     parser.add_argument("--min-ratio", type=float, help="0.90, or 0.97 for 90m")
-    parser.add_argument("--profile", action="store_true", help="print where a round of the callers' threads goes instead")
+    parser.add_argument(
+        "--profile", action="store_true", help="print where a round of the callers' threads goes instead"
+    )
     parser.add_argument("--only", choices=list(CONTENDERS), help=argparse.SUPPRESS)
     parser.add_argument("--path", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -292,7 +260,7 @@ def main() -> int:
         path = args.model
         if path == "90m":
             path = str(Path(folder) / "model")
-            write_model(Path(path))
+            write_model(Path(path), hidden=768, layers=12, vocabulary=8192, longest=1024, dtype="bfloat16")
         running = {}
         for name in names:  # one start after the other
             running[name] = Contender(name, path, Path(folder) / f"{name}.log")

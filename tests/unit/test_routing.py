@@ -1,4 +1,4 @@
-"""Routing agrees with the plain minimum over enabled engines, whatever happens to them, and waits where there is none."""
+"""Routing agrees with the plain minimum over the enabled engines, and waits while there is none."""
 
 import asyncio
 from typing import Any
