@@ -16,7 +16,6 @@ from pipelinerl.errors import EnvironmentProblem, TokenPrefixError
 from pipelinerl.tasks.base import Message
 from pipelinerl.types import IntArray
 
-
 REMEMBERED = 16  # conversations whose text and tokens are kept
 
 

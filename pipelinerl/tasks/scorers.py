@@ -41,7 +41,7 @@ def last_number(text: str, answer: str) -> float:
 
 def toss(text: str) -> float:
     """A coin: 0 or 1, the same whenever `text` is."""
-    return float(crc32(text.encode()) & 1)
+    return float(crc32(text.encode("utf-8", "surrogatepass")) & 1)
 
 
 def parse_last_number(text: str) -> Fraction | None:

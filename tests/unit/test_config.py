@@ -272,6 +272,12 @@ CONTRADICTIONS = [
         ["trainer.offload_optimizer=true", "model.dtype=bfloat16"],
         "trainer.offload_optimizer=true with trainer.zero_stage=1 and model.dtype=bfloat16",
     ),
+    # cores
+    (["cluster.pin_cores=true", "cluster.device=cuda"], "cluster.pin_cores=true is for CPU runs, cluster.device=cuda"),
+    (
+        ["cluster.pin_cores=true", "cluster.address=auto", "cluster.object_store_mb=null"],
+        "cluster.pin_cores=true shares out the cores of one machine, cluster.address=auto",
+    ),
     # shares of the work
     (["batch.updates=3"], "batch.updates=3 does not divide groups_per_step=64"),
     (["trainer.ranks=3", "trainer.sequence_parallel=2"], "trainer.sequence_parallel=2 does not divide trainer.ranks=3"),
