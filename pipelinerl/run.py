@@ -1,26 +1,29 @@
 """From a config to a finished run: start the processes, train, export, and clean up whatever happens."""
 
+import asyncio
 import json
 import logging
 import shutil
 from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipelinerl.checkpoint.driver_state import DriverState
-from pipelinerl.checkpoint.resume import Checkpoint
+from pipelinerl.checkpoint.resume import Checkpoint, read_checkpoint
 from pipelinerl.checkpoint.saver import Saver
-from pipelinerl.checkpoint.store import FOLDER, CheckpointStore
+from pipelinerl.checkpoint.store import FOLDER, CheckpointStore, newest_whole
 from pipelinerl.concurrency import Ending
 from pipelinerl.config.preflight import with_absolute_paths
 from pipelinerl.config.schema import RunConfig
-from pipelinerl.errors import EXIT_DONE
-from pipelinerl.loop import Run, train
+from pipelinerl.errors import EXIT_DONE, TrainerLost
+from pipelinerl.loop import Run, tell_about_fleet, train
 from pipelinerl.metrics.console import Console
 from pipelinerl.metrics.log import MetricsLog, read_metrics
 from pipelinerl.metrics.plots import write_plots
 from pipelinerl.metrics.rollouts import RolloutWriter
 from pipelinerl.metrics.summary import format_summary, summarize
 from pipelinerl.metrics.wandb_sink import WandbSink
+from pipelinerl.parity.alarm import Alarm
 from pipelinerl.parity.preflight import make_alarm, preflight
 from pipelinerl.rollout.buffer import GroupBuffer
 from pipelinerl.rollout.ledger import Ledger
@@ -72,28 +75,11 @@ async def _session(config: RunConfig, ending: Ending) -> int:
             status=console.status,
             tell=console.note,
         )
-
-        ledger = Ledger.resumed(state.ledger)
-        stack.callback(_write_ledger, run_dir, ledger)
         console.status("evaluating version 0" if config.eval.at_start and not checkpoint else "training")
-        run = Run(
-            config=config,
-            task=task,
-            stream=ProblemStream(task.problems("train"), config.seed),
-            buffer=GroupBuffer(config.batch.groups_per_step, config.async_.lag_bound, config.steps, state.step, ledger),
-            fleet=session.fleet,
-            trainer=session.trainer,
-            publisher=session.publisher,
-            log=log,
-            rollouts=RolloutWriter(run_dir, config.metrics.rollout_groups_per_step),
-            saver=_saver(config, run_dir, session, console, wandb),
-            alarm=make_alarm(config, calibrated),
-            tell=console.note,
-            ending=ending,
-        )
-        run.resume(state)
+        parts = Parts(config, task, session, run_dir, log, console, wandb, make_alarm(config, calibrated), ending)
+        stack.callback(parts.write_ledger)
         ending.patience_s = config.checkpoint.sigterm_s if config.checkpoint.every else 0.0
-        await train(run)
+        await train_through_losses(parts, state, checkpoint)
         ending.patience_s = 0.0
         if ending.wished:
             return EXIT_DONE
@@ -112,9 +98,83 @@ async def _restore(session: Session, checkpoint: Checkpoint) -> None:
     await session.publisher.publish(0)
 
 
-def _saver(config: RunConfig, run_dir: Path, session: Session, console: Console, wandb: WandbSink) -> Saver:
-    store = CheckpointStore(run_dir / FOLDER, config.checkpoint.keep_last, config.checkpoint.keep_best)
-    return Saver(config, store, session.trainer, run_dir / "exports", console.note, wandb.run_id)
+@dataclass
+class Parts:
+    """What a run is made of that outlives its trainer."""
+
+    config: RunConfig
+    task: Task
+    session: Session
+    run_dir: Path
+    log: MetricsLog
+    console: Console
+    wandb: WandbSink
+    alarm: Alarm | None
+    ending: Ending
+    ledger: Ledger = field(default_factory=Ledger)  # of the newest run
+
+    def run_from(self, state: DriverState) -> Run:
+        """The run that goes on from `state`."""
+        config, session = self.config, self.session
+        self.ledger = Ledger.resumed(state.ledger)
+        batch, lag = config.batch, config.async_.lag_bound
+        store = CheckpointStore(self.run_dir / FOLDER, config.checkpoint.keep_last, config.checkpoint.keep_best)
+        exports = self.run_dir / "exports"
+        run = Run(
+            config=config,
+            task=self.task,
+            stream=ProblemStream(self.task.problems("train"), config.seed),
+            buffer=GroupBuffer(batch.groups_per_step, lag, config.steps, state.step, self.ledger),
+            fleet=session.fleet,
+            trainer=session.trainer,
+            publisher=session.publisher,
+            log=self.log,
+            rollouts=RolloutWriter(self.run_dir, config.metrics.rollout_groups_per_step),
+            saver=Saver(config, store, session.trainer, exports, self.console.note, self.wandb.run_id),
+            alarm=self.alarm,
+            tell=self.console.note,
+            ending=self.ending,
+        )
+        run.resume(state)
+        session.fleet.listener = lambda event: tell_about_fleet(run, event)
+        return run
+
+    def write_ledger(self) -> None:
+        """Say what became of every prompt, at whatever end of the run."""
+        (self.run_dir / "ledger.json").write_text(json.dumps(self.ledger.to_dict()) + "\n")
+
+
+async def train_through_losses(parts: Parts, state: DriverState, start: Checkpoint | None) -> None:
+    """Train from `state`. When the trainer is lost, start it again and go on from the newest checkpoint, or from where
+    this began when there is none; what the engines sampled since then is void, for it has weights that are gone.
+
+    Raises TrainerLost when `trainer.max_restarts` are spent.
+    """
+    trainer, limit, lost = parts.session.trainer, parts.config.trainer.max_restarts, False
+    while True:
+        try:
+            await train(parts.run_from(await _revived(parts, start, state) if lost else state))
+            return
+        except TrainerLost as error:
+            if trainer.restarts >= limit:
+                raise TrainerLost(f"{error}; trainer.max_restarts={limit} are spent") from error
+            parts.console.note(f"the trainer is lost and starts again: {error}")
+            parts.log.log("run", parts.ledger.last_step, {"trainer/restarts": float(trainer.restarts + 1)})
+            lost = True
+
+
+async def _revived(parts: Parts, start: Checkpoint | None, state: DriverState) -> DriverState:
+    """A new trainer with the state of the newest checkpoint, or with that in which this began; what the driver was."""
+    session = parts.session
+    newest = await asyncio.to_thread(newest_whole, parts.run_dir / FOLDER, parts.console.note)
+    checkpoint = start if newest is None else read_checkpoint(newest)
+    await session.replace_trainer()
+    if checkpoint is None:
+        parts.console.note("there is no checkpoint yet: training begins again at step 1")
+        return state
+    await session.trainer.restore(str(checkpoint.path.resolve()))
+    parts.console.note(f"training goes on after step {checkpoint.step}")
+    return checkpoint.state
 
 
 async def _export(config: RunConfig, session: Session, run_dir: Path) -> None:
@@ -124,11 +184,6 @@ async def _export(config: RunConfig, session: Session, run_dir: Path) -> None:
         target = (run_dir / name).resolve()
         shutil.rmtree(target, ignore_errors=True)
         await export(str(target))
-
-
-def _write_ledger(run_dir: Path, ledger: Ledger) -> None:
-    """Say what became of every prompt, at whatever end of the run."""
-    (run_dir / "ledger.json").write_text(json.dumps(ledger.to_dict()) + "\n")
 
 
 def _tell_about_data(task: Task, console: Console, log: MetricsLog) -> None:

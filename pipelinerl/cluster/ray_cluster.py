@@ -27,8 +27,11 @@ class RayCluster:
         self._config = config
         self._logs = (run_dir / "logs").resolve()
         self._device = device
-        self._workers: list[RemoteWorker] = []
+        self._backend = ""
+        self._workers: dict[str, RemoteWorker] = {}  # by name: the newest of that name
+        self._trainer_bundles: list[Bundle] = []
         self._engine_bundles: list[Bundle] = []
+        self._trainer_group: Any = None
         self._engine_group: Any = None
         self._trainer_cores: list[Cores] = []
         self._engine_cores: list[Cores] = []
@@ -43,35 +46,42 @@ class RayCluster:
         for which in (signal.SIGINT, signal.SIGTERM):
             signal.signal(which, signal.getsignal(which))
 
-    async def place_workers(self, backend: str) -> tuple[list[RemoteWorker], list[RemoteWorker]]:
-        """Reserve what all processes need, then start them. Returns (trainer ranks, rollout workers).
+    async def reserve(self, backend: str) -> None:
+        """Reserve what all processes need. Raises EnvironmentProblem that says what the cluster lacks.
 
-        Raises EnvironmentProblem that says what the cluster lacks.
+        `backend` is that of the weight transport, which engines are told when they start.
         """
-        config = self._config
-        if config.cluster.pin_cores:
-            if self._device != "cpu":
-                raise EnvironmentProblem(
-                    "cluster.pin_cores=true is for CPU runs, and this one is on GPUs: set it to false"
-                )
-            self._trainer_cores, self._engine_cores = share_out(config, sorted(os.sched_getaffinity(0)))
-        trainer_bundles, engine_bundles = bundles(config, self._device, ray.cluster_resources().get("CPU", 1.0))
-        trainer_group = await _reserve(trainer_bundles, "PACK")
-        engine_group = await _reserve(engine_bundles, "SPREAD")
-        trainers = [
-            self._start(bundle, i, trainer_group, "pipelinerl.trainer.worker:TrainerWorker", (config, i, self._device))
-            for i, bundle in enumerate(trainer_bundles)
-        ]
-        self._engine_bundles, self._engine_group = engine_bundles, engine_group
-        engines = self._start_engines(config, backend)
-        return trainers, engines
+        self._pin()
+        self._backend = backend
+        cpus = ray.cluster_resources().get("CPU", 1.0)
+        self._trainer_bundles, self._engine_bundles = bundles(self._config, self._device, cpus)
+        self._trainer_group = await _reserve(self._trainer_bundles, "PACK")
+        self._engine_group = await _reserve(self._engine_bundles, "SPREAD")
 
-    async def replace_engines(self, config: RunConfig, backend: str) -> list[RemoteWorker]:
-        """Stop all rollout workers and start new ones in their places, with the engine settings of `config`."""
-        engines = [worker for worker in self._workers if worker.is_async]
-        await asyncio.gather(*(_stop(worker) for worker in engines))
-        self._workers = [worker for worker in self._workers if not worker.is_async]
-        return self._start_engines(config, backend)
+    def _pin(self) -> None:
+        """With `cluster.pin_cores`, settle which process gets which cores of this machine."""
+        if not self._config.cluster.pin_cores:
+            return
+        if self._device != "cpu":
+            raise EnvironmentProblem("cluster.pin_cores=true is for CPU runs, and this one is on GPUs: set it to false")
+        self._trainer_cores, self._engine_cores = share_out(self._config, sorted(os.sched_getaffinity(0)))
+
+    def start_ranks(self) -> list[RemoteWorker]:
+        """Start the processes of all trainer ranks in their places."""
+        target = "pipelinerl.trainer.worker:TrainerWorker"
+        return [
+            self._start(bundle, rank, self._trainer_group, target, (self._config, rank, self._device))
+            for rank, bundle in enumerate(self._trainer_bundles)
+        ]
+
+    def start_engine(self, index: int, config: RunConfig) -> RemoteWorker:
+        """Start the process of an engine in its place, with the engine settings of `config`."""
+        bundle, target = self._engine_bundles[index], "pipelinerl.engine.worker:RolloutWorker"
+        return self._start(bundle, index, self._engine_group, target, (config, index, self._backend), is_async=True)
+
+    async def stop_engine(self, worker: RemoteWorker) -> None:
+        """Let an engine close what it has, then end its process."""
+        await _stop(worker)
 
     async def close(self) -> None:
         """Ask every worker to stop, kill what is left, and end the local cluster. Never raises."""
@@ -79,19 +89,13 @@ class RayCluster:
             return
         await asyncio.wait([self._started])
         if self._started.exception() is None:
-            await asyncio.gather(*(_stop(worker) for worker in self._workers))
+            await asyncio.gather(*(_stop(worker) for worker in self._workers.values()))
             await asyncio.to_thread(ray.shutdown)
-
-    def _start_engines(self, config: RunConfig, backend: str) -> list[RemoteWorker]:
-        target = "pipelinerl.engine.worker:RolloutWorker"
-        return [
-            self._start(bundle, i, self._engine_group, target, (config, i, backend), is_async=True)
-            for i, bundle in enumerate(self._engine_bundles)
-        ]
 
     def _start(
         self, bundle: Bundle, index: int, group: Any, target: str, args: tuple[Any, ...], is_async: bool = False
     ) -> RemoteWorker:
+        cores = self._engine_cores if is_async else self._trainer_cores
         worker = RemoteWorker.start(
             bundle.name,
             target,
@@ -102,9 +106,9 @@ class RayCluster:
             resources=bundle.resources(),
             env=_worker_env(self._device, args[0], is_trainer=not is_async),
             is_async=is_async,
-            cores=cores[index] if (cores := self._engine_cores if is_async else self._trainer_cores) else None,
+            cores=cores[index] if cores else None,
         )
-        self._workers.append(worker)
+        self._workers[bundle.name] = worker
         return worker
 
 

@@ -1,8 +1,8 @@
 """A worker class in a process of its own, behind one awaitable call.
 
 `RemoteWorker.start` makes a Ray actor that imports and builds the named class there, so that the driver never imports
-torch or vLLM. What the class prints goes to a log file. What it raises arrives here as it was raised; a process that
-is gone arrives as WorkerDied, a call that takes too long as Stalled.
+torch or vLLM. What the class prints goes to a log file. What it raises of our own arrives here as it was raised,
+anything else as WorkerFailed; a process that is gone arrives as WorkerDied, a call that takes too long as Stalled.
 """
 
 import asyncio
@@ -10,18 +10,29 @@ import os
 import socket
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipelinerl.cluster.pinning import Cores, pin_this_process
-from pipelinerl.errors import PipelineRLError, Stalled, WorkerDied, first_line
+from pipelinerl.errors import PipelineRLError, Stalled, WorkerDied, WorkerFailed, first_line
 
 MAX_CONCURRENT_CALLS = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """Processes below a worker: (pid, time of creation), on one node."""
+
+    node: str
+    started: tuple[tuple[int, float], ...]
 
 
 class _Host:
@@ -43,7 +54,31 @@ class _Host:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
+    def processes(self) -> Processes:
+        """What this process has started, and what that has started."""
+        children = psutil.Process().children(recursive=True)
+        return Processes(ray.get_runtime_context().get_node_id(), tuple((p.pid, p.create_time()) for p in children))
 
+    def sweep(self, left: Processes) -> None:
+        """Kill what a killed process before this one left on this node: what is stopped ends with nobody."""
+        if left.node == ray.get_runtime_context().get_node_id():
+            for pid, created in left.started:
+                with suppress(psutil.NoSuchProcess):
+                    process = psutil.Process(pid)
+                    if process.create_time() == created:
+                        process.kill()
+
+
+@ray.remote(concurrency_groups={"pulse": 1})
+class _SyncHost(_Host):
+    """Works on one call at a time. Its pulse has a thread of its own: it answers in the middle of a call."""
+
+    @ray.method(concurrency_group="pulse")  # type: ignore[untyped-decorator]
+    def pulse(self) -> None:
+        pass
+
+
+@ray.remote
 class _AsyncHost(_Host):
     """The same with an event loop, in which many calls run at a time."""
 
@@ -79,7 +114,7 @@ class RemoteWorker:
 
         With `cores` it is kept on those cores of its machine.
         """
-        host = ray.remote(_AsyncHost if is_async else _Host)
+        host: Any = _AsyncHost if is_async else _SyncHost
         actor = host.options(
             name=None,
             num_cpus=resources.get("CPU", 0),
@@ -105,6 +140,19 @@ class RemoteWorker:
         address, port = await self._wait(self._actor.endpoint.remote(), "endpoint", timeout_s)
         return address, port
 
+    async def processes(self, timeout_s: float) -> Processes:
+        """What the worker's process has started."""
+        found: Processes = await self._wait(self._actor.processes.remote(), "processes", timeout_s)
+        return found
+
+    async def sweep(self, left: Processes, timeout_s: float) -> None:
+        """Kill what the worker before this one left behind on the node, if it is the same."""
+        await self._wait(self._actor.sweep.remote(left), "sweep", timeout_s)
+
+    async def pulse(self, timeout_s: float) -> None:
+        """Return when the process of a worker that is not async has shown life, also in the middle of a call."""
+        await self._wait(self._actor.pulse.remote(), "its pulse", timeout_s)
+
     def kill(self) -> None:
         """End the process at once."""
         ray.kill(self._actor)
@@ -117,7 +165,7 @@ class RemoteWorker:
             cause = error.cause
             if isinstance(cause, PipelineRLError):
                 raise cause from None
-            raise WorkerDied(
+            raise WorkerFailed(
                 f"{self.name}: {method} raised {type(cause).__name__}: {first_line(cause)}; see {self._log_path}"
             ) from error
         except RayActorError as error:

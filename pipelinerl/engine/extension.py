@@ -11,3 +11,6 @@ from pipelinerl.weights.canary import CanaryWorker
 
 class WorkerExtension(CanaryWorker, HiddenStatesWorker, SeededWorker):
     """Named as `worker_extension_cls`: its methods become the worker's own, callable through `collective_rpc`."""
+
+    def pulse(self) -> None:
+        """Show that the worker answers."""

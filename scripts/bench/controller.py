@@ -30,6 +30,7 @@ from pipelinerl.checkpoint.manifest import FileRecord
 from pipelinerl.checkpoint.saver import Saver
 from pipelinerl.checkpoint.store import FOLDER, CheckpointStore
 from pipelinerl.cluster.fleet import Fleet
+from pipelinerl.concurrency import background
 from pipelinerl.config.schema import RunConfig
 from pipelinerl.loop import Finished, Run, train
 from pipelinerl.metrics.log import MetricsLog
@@ -101,7 +102,7 @@ class StubWorker:
         self._number, self._serving, self._mean_s = number, serving, mean_s
 
     async def call(self, method: str, *args: Any, timeout_s: float | None = None) -> Any:
-        return {}.get(method, 0)
+        return {}
 
     async def call_pair(self, method: str, group_id: int, problem: Problem, *args: Any) -> tuple[GroupMeta, Payload]:
         seconds = self._serving.rng.expovariate(1 / self._mean_s)
@@ -109,6 +110,23 @@ class StubWorker:
         rollouts = self._serving.groups[group_id % PATTERNS]
         meta = GroupMeta(group_id, problem.id, self._number, rollouts, seconds)
         return meta, Payload(meta)
+
+    async def processes(self, timeout_s: float) -> None:
+        return None
+
+    def kill(self) -> None:
+        raise AssertionError(f"{self.name} is stuck")
+
+
+class StubLauncher:
+    def __init__(self, serving: Serving, mean_s: float) -> None:
+        self._serving, self._mean_s = serving, mean_s
+
+    def start_engine(self, index: int, config: RunConfig) -> Any:
+        return StubWorker(index, self._serving, self._mean_s)
+
+    async def stop_engine(self, worker: Any) -> None:
+        raise NotImplementedError
 
 
 class StubTrainer:
@@ -163,7 +181,6 @@ def measure(args: argparse.Namespace, engines: int) -> tuple[float, float]:
     """Seconds and CPU seconds of a run."""
     config = run_config(args, engines)
     task, serving, trainer = build_task(config.task, config.seed), Serving(config), StubTrainer()
-    workers: list[Any] = [StubWorker(number, serving, args.mean_ms / 1000) for number in range(engines)]
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder)
         store = CheckpointStore(run_dir / FOLDER, config.checkpoint.keep_last, config.checkpoint.keep_best)
@@ -172,19 +189,26 @@ def measure(args: argparse.Namespace, engines: int) -> tuple[float, float]:
             task=task,
             stream=ProblemStream(task.problems("train"), config.seed),
             buffer=GroupBuffer[Finished](config.batch.groups_per_step, config.async_.lag_bound, config.steps),
-            fleet=Fleet(workers, config),
+            fleet=(fleet := Fleet(StubLauncher(serving, args.mean_ms / 1000), config)),
             trainer=trainer,
             publisher=StubPublisher(serving),
             log=MetricsLog(run_dir),
             rollouts=RolloutWriter(run_dir, config.metrics.rollout_groups_per_step),
             saver=Saver(config, store, trainer, run_dir / "exports"),
         )
-        start, cpu = time.perf_counter(), time.process_time()
-        asyncio.run(train(run))
-        seconds, spent = time.perf_counter() - start, time.process_time() - cpu
+        seconds, spent = asyncio.run(timed(run, fleet))
         run.log.close()
     assert trainer.version == args.steps
     return seconds, spent
+
+
+async def timed(run: Run, fleet: Fleet) -> tuple[float, float]:
+    """Seconds and CPU seconds from the first group to the last step, with the heartbeats of all engines."""
+    await fleet.start()
+    start, cpu = time.perf_counter(), time.process_time()
+    async with background(fleet.supervise()):
+        await train(run)
+    return time.perf_counter() - start, time.process_time() - cpu
 
 
 def profile(args: argparse.Namespace) -> None:
