@@ -1,4 +1,4 @@
-"""The benchmark of overlap: its runs are legal configurations, and its verdict is that of the figures."""
+"""Benchmarks that take long: their runs are legal configurations, and their verdicts are those of the figures."""
 
 import argparse
 import importlib
@@ -13,6 +13,7 @@ from pipelinerl.config.schema import LengthsTask
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "bench"))
 BENCH: Any = importlib.import_module("overlap")
+ROLLOUT: Any = importlib.import_module("rollout")
 
 
 def arguments(**changes: Any) -> argparse.Namespace:
@@ -43,3 +44,17 @@ def test_the_verdict_is_that_of_the_medians(capsys: pytest.CaptureFixture[str]) 
     assert "missed: ['engine']" in capsys.readouterr().out
     assert BENCH.report(arguments(), {"lognormal": [perfect]}) == 1  # its gain is below 1.5
     assert BENCH.report(arguments(), {"lognormal": [pair(2.0, 1.0, 3.2, 2.1)]}) == 0
+
+
+def rounds(seconds: list[float]) -> list[dict[str, float]]:
+    return [{"tokens": 1000, "seconds": each, "cpu": each} for each in seconds]
+
+
+def test_the_rollout_path_is_judged_by_the_median_ratio_of_rounds(capsys: pytest.CaptureFixture[str]) -> None:
+    args = argparse.Namespace(
+        model="m", dtype="float32", groups=2, group_size=8, max_num_seqs=4, rounds=3, min_ratio=0.9
+    )
+    bare = rounds([1.0, 2.0, 1.0])
+    assert ROLLOUT.report(args, {"worker": rounds([1.1, 2.1, 5.0]), "bare": bare}) == 0  # 0.91, 0.95, 0.2
+    assert ROLLOUT.report(args, {"worker": rounds([1.2, 2.1, 5.0]), "bare": bare}) == 1
+    assert "worker / bare: 0.833" in capsys.readouterr().out
