@@ -5,6 +5,7 @@ Generation is a local call; only finished groups leave the process.
 """
 
 import asyncio
+import gc
 import itertools
 import time
 from collections.abc import Callable, Coroutine
@@ -46,6 +47,8 @@ class RolloutWorker:
         print(f"engine {self._index} resolved to {self._engine.settings}", flush=True)  # into its log file
         tokenizer = AutoTokenizer.from_pretrained(config.model.path)
         self._renderer = ChatRenderer(tokenizer, config.model.enable_thinking)
+        gc.collect()
+        gc.freeze()  # half a million objects of libraries, which every full collection would visit
         return self._engine.settings
 
     async def rollout(self, group_id: int, problem: Problem) -> tuple[GroupMeta, RolloutGroup]:
