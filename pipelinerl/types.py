@@ -36,7 +36,7 @@ class Outcome(StrEnum):
     @property
     def scored(self) -> bool:
         """True when the reward may enter baseline and loss; the others are masked out and counted."""
-        return self in (Outcome.OK, Outcome.TRUNCATED)
+        return self is Outcome.OK or self is Outcome.TRUNCATED
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,7 @@ class Problem:
 
     id: str
     data: Mapping[str, Any]
+    completion_tokens: int | None = None  # benchmarks: so many are sampled, up to the limit, past any end token
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,7 +69,16 @@ class JsonlTask(Section):
     on_bad_row: Literal["error", "skip"] = Field("error", description="skip counts the rows it left out")
 
 
-TaskConfig = Annotated[SortTask | JsonlTask, Field(discriminator="kind")]
+class LengthsTask(_SyntheticTask):
+    """For benchmarks: completions of log-normal lengths that are drawn beforehand, with rewards that mean nothing."""
+
+    kind: Literal["lengths"] = "lengths"
+    median: PositiveInt = Field(64, description="tokens of a completion; none has more than sampling.max_tokens")
+    sigma: NonNegativeFloat = Field(0.0, description="of the length's logarithm; 0 = all are equal, 0.99 = p99/p50 10")
+    prompt_chars: PositiveInt = Field(16, description="letters of a prompt")
+
+
+TaskConfig = Annotated[SortTask | JsonlTask | LengthsTask, Field(discriminator="kind")]
 
 
 class GradingConfig(Section):
@@ -616,6 +625,9 @@ class ClusterConfig(Section):
     address: str = Field("local", description="local starts a Ray cluster for this run; otherwise one to join")
     num_cpus: PositiveInt | None = Field(None, description="of a local cluster; null = all cores")
     object_store_mb: Annotated[int, Field(ge=80)] | None = Field(None, description="of a local cluster")
+    pin_cores: bool = Field(
+        False, description="CPU only, local cluster only: each engine and each trainer rank on cores of its own"
+    )
     stall_timeout_s: PositiveFloat = Field(3600.0, description="stop (exit 4) when nothing finished for so long")
 
 
@@ -798,6 +810,13 @@ def _contradictions(config: RunConfig) -> "list[str]":
         found.append(
             f"batch.stream=true with algo.advantage={config.algo.advantage}, which is made from the rewards of all "
             "groups of the step; use an advantage of the group (rloo, grpo, dr_grpo, maxrl) or stream=false"
+        )
+    if config.cluster.pin_cores and config.cluster.device == "cuda":
+        found.append("cluster.pin_cores=true is for CPU runs, cluster.device=cuda; use pin_cores=false")
+    if config.cluster.pin_cores and config.cluster.address != "local":
+        found.append(
+            f"cluster.pin_cores=true shares out the cores of one machine, cluster.address={config.cluster.address} "
+            "may have more; use pin_cores=false"
         )
     found += _share_contradictions(config)
     found += _reward_contradictions(config)

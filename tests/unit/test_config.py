@@ -273,6 +273,12 @@ CONTRADICTIONS = [
         ["trainer.offload_optimizer=true", "model.dtype=bfloat16"],
         "trainer.offload_optimizer=true with trainer.zero_stage=1 and model.dtype=bfloat16",
     ),
+    # cores
+    (["cluster.pin_cores=true", "cluster.device=cuda"], "cluster.pin_cores=true is for CPU runs, cluster.device=cuda"),
+    (
+        ["cluster.pin_cores=true", "cluster.address=auto", "cluster.object_store_mb=null"],
+        "cluster.pin_cores=true shares out the cores of one machine, cluster.address=auto",
+    ),
     # shares of the work
     (["batch.stream=true", "batch.updates=2"], "batch.stream=true with updates=2"),
     (["batch.stream=true", "algo.advantage=gdpo"], "batch.stream=true with algo.advantage=gdpo, which is made from"),
