@@ -58,6 +58,16 @@ def test_summary_by_hand() -> None:
     assert summary.mismatch == pytest.approx((300 * 1e-6 + 100 * 4e-6) / 400)
 
 
+def test_the_gain_of_the_last_evaluation_is_told_with_its_interval(tmp_path: Path) -> None:
+    first = {"kind": "eval", "step": 0, "eval/sort/accuracy": 0.4}
+    last = {"kind": "eval", "step": 9, "eval/sort/accuracy": 0.9}
+    gain = {"eval/sort/gain": 0.5, "eval/sort/gain/ci_low": 0.437, "eval/sort/gain/ci_high": 0.5521}
+    plain = format_summary(summarize([first, train(9, reward__mean=0.5), last]), tmp_path)
+    assert "accuracy 40.0% -> 90.0%\n" in plain
+    text = format_summary(summarize([first, train(9, reward__mean=0.5), last | gain]), tmp_path)
+    assert "accuracy 40.0% -> 90.0%  (gain +43.7 to +55.2 points, 95%)" in text
+
+
 def test_the_closing_text_points_only_at_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "rollouts").mkdir()
     records = [train(1, reward__mean=0.25), train(2, reward__mean=0.75)]
