@@ -86,6 +86,8 @@ def test_an_empty_run_can_be_summarised(tmp_path: Path) -> None:
 def small_run(run_dir: Path, **values: float) -> None:
     log = MetricsLog(run_dir)
     log.log("eval", 0, {"eval/sort/accuracy": 0.4})
+    interval = {"eval/sort/accuracy/ci_low": 0.4, "eval/sort/accuracy/ci_high": 0.6}
+    log.log("eval", 3, {"eval/sort/accuracy": 0.5} | interval)
     for step in range(1, 4):
         log.log("train", step, {name.replace("__", "/"): value for name, value in values.items()})
     log.close()
@@ -114,7 +116,7 @@ def test_every_figure_of_a_full_run(tmp_path: Path) -> None:
     )  # fmt: skip
     names = ["reward", "policy", "staleness", "mismatch", "throughput"]
     assert [path.stem for path in write_plots(tmp_path)] == names
-    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 4
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 5
 
 
 def test_importing_the_metrics_package_pulls_in_nothing_heavy() -> None:
