@@ -12,9 +12,7 @@ from importlib import import_module, metadata
 
 from pipelinerl.commands.output import say
 from pipelinerl.config.hints import did_you_mean, nearest
-from pipelinerl.errors import EXIT_CONFIG, EXIT_DONE, EXIT_SIGINT, PipelineRLError
-
-EXIT_BUG = 1
+from pipelinerl.errors import EXIT_BUG, EXIT_CONFIG, EXIT_DONE, EXIT_SIGINT, PipelineRLError
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,9 @@ from pipelinerl.concurrency import Ending, background, together
 from pipelinerl.config.plan import eval_versions
 from pipelinerl.config.schema import RunConfig
 from pipelinerl.errors import BudgetSpent, ParityError, Stalled
+from pipelinerl.metrics.history import History
 from pipelinerl.metrics.log import MetricsLog
+from pipelinerl.metrics.provenance import kv_metrics
 from pipelinerl.metrics.records import group_metrics
 from pipelinerl.metrics.rollouts import RolloutWriter
 from pipelinerl.parity.alarm import Alarm
@@ -88,6 +90,7 @@ class Run:
     log: MetricsLog
     rollouts: RolloutWriter
     saver: Saver
+    history: History
     start: int = 0  # steps that were done before
     alarm: Alarm | None = None
     tell: Callable[[str], None] = print  # a line for the person who watches
@@ -124,7 +127,7 @@ class Run:
 async def train(run: Run) -> None:
     """prompt -> rollouts -> group -> advantages -> packed batch -> loss -> step -> broadcast -> engines."""
     async with background(watch(run), run.saver.finish()):
-        await run.publisher.publish(run.start)
+        await bring(run, run.start, None)
         if run.start == 0:
             await evaluate(run, version=0)
         async with background(fill(run)):
@@ -132,16 +135,19 @@ async def train(run: Run) -> None:
                 meter = Meter.start(run)
                 groups = await run.buffer.take()
                 batches = await prepare(run, step, groups)
+                run.history.batch(step, [group.meta for group in groups], batches.updates)
                 result, _ = await together(
                     run.trainer.step(batches.updates, [group.payload for group in groups]),
                     write_rollouts(run, step, groups, batches.advantages),
                 )
                 settle(run, step, groups, result)
                 sync = await publish(run, step)
-                metrics = meter.stop(run, groups, result) | batches.metrics | sync
+                selection, parted = run.history.audit.step(run.buffer.version)
+                metrics = meter.stop(run, groups, result) | batches.metrics | sync | selection
                 run.log.log("train", step, metrics)
                 check_skipped(run, result)
                 check_parity(run, step, result)
+                check_selection(run, step, parted)
                 await save(run, step, metrics | await evaluate(run, version=step))
                 if run.ending.wished:
                     break
@@ -153,7 +159,9 @@ async def fill(run: Run) -> None:
     async with asyncio.TaskGroup() as groups:
         while True:
             ticket = await run.buffer.admit()
-            groups.create_task(roll_out(run, ticket, run.stream.at(ticket)))
+            problem = run.stream.at(ticket)
+            run.history.admitted(ticket, problem, run.buffer.version)
+            groups.create_task(roll_out(run, ticket, problem))
 
 
 async def roll_out(run: Run, ticket: int, problem: Problem) -> None:
@@ -161,11 +169,13 @@ async def roll_out(run: Run, ticket: int, problem: Problem) -> None:
     meta, payload = await run.fleet.rollout(ticket, problem)
     run.last_progress = time.monotonic()
     run.generated_tokens += sum(rollout.completion_len for rollout in meta.rollouts)
+    run.history.generated(meta, run.buffer.version)
     reason = why_unusable(meta, run.config)
     if reason is None:
         run.dropped_in_a_row.clear()
         await run.buffer.put(ticket, Finished(meta, payload))
     else:
+        run.history.dropped(meta, reason)
         await run.buffer.drop(ticket, reason)
         check_dropped(run, meta, reason)
 
@@ -174,6 +184,7 @@ def settle(run: Run, step: int, groups: Sequence[Finished], result: StepResult) 
     """Note what became of the groups of a step, and of the step."""
     run.last_progress = time.monotonic()
     run.unpublished.append(result)
+    run.history.trained(step, [group.meta for group in groups], result)
     tickets = [group.meta.id for group in groups]
     if result.applied:
         run.buffer.ledger.trained(tickets, step)
@@ -206,10 +217,18 @@ async def publish(run: Run, step: int) -> dict[str, float]:
     """Bring the weights of version `step` to the engines when it is due, and let the groups it admits start."""
     if step % run.config.weights.every and step != run.config.steps:
         return {}
-    metrics = await run.publisher.publish(step, weights_changed(run.unpublished))
+    metrics = await bring(run, step, weights_changed(run.unpublished))
     run.unpublished.clear()
     await run.buffer.published(step)
     run.last_progress = time.monotonic()
+    return metrics
+
+
+async def bring(run: Run, version: int, changed: bool | None) -> dict[str, float]:
+    """One weight update, and its line in the journal."""
+    start = time.perf_counter()
+    metrics = await run.publisher.publish(version, changed)
+    run.history.journal.updated(version, int(metrics.get("sync/epoch", 0)), time.perf_counter() - start)
     return metrics
 
 
@@ -242,6 +261,7 @@ async def evaluate(run: Run, version: int) -> dict[str, float]:
     if scored:
         values[f"{name}/accuracy"] = float(np.mean(scored))
     run.log.log("eval", version, values)
+    run.history.journal.evaluated(version)
     return values
 
 
@@ -307,6 +327,15 @@ def check_parity(run: Run, step: int, result: StepResult) -> None:
             raise ParityError(f"step {step}: {message} (parity.alarm=warn goes on)")
 
 
+def check_selection(run: Run, step: int, messages: Sequence[str]) -> None:
+    """Say, or with `journal.selection=stop` end the run, when trained samples part from generated ones."""
+    for message in messages if run.config.journal.selection != "off" else ():
+        run.log.log("run", step, {"selection/alarm": 1.0})
+        run.tell(f"step {step}: {message}")
+        if run.config.journal.selection == "stop":
+            raise BudgetSpent(f"step {step}: {message} (journal.selection=warn goes on)")
+
+
 @dataclass(frozen=True, slots=True)
 class Meter:
     """What a step's clock and counters stood at when it began."""
@@ -330,6 +359,7 @@ class Meter:
         run.reported_drops = run.buffer.dropped.copy()
         return {
             **group_metrics(metas, result.version - 1, drops),
+            **kv_metrics(metas, run.config.engine),
             **result.metrics,
             "perf/step_s": seconds,
             "perf/samples_per_s": samples / seconds,

@@ -3,7 +3,8 @@
 import json
 import logging
 import shutil
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
+from functools import partial
 from pathlib import Path
 
 from pipelinerl.checkpoint.driver_state import DriverState
@@ -13,9 +14,12 @@ from pipelinerl.checkpoint.store import FOLDER, CheckpointStore
 from pipelinerl.concurrency import Ending
 from pipelinerl.config.preflight import with_absolute_paths
 from pipelinerl.config.schema import RunConfig
-from pipelinerl.errors import EXIT_DONE
+from pipelinerl.errors import EXIT_BUG, EXIT_DONE, DataError, EnvironmentProblem, first_line
 from pipelinerl.loop import Run, train
 from pipelinerl.metrics.console import Console
+from pipelinerl.metrics.history import History
+from pipelinerl.metrics.journal import Journal
+from pipelinerl.metrics.journal_check import check_journal
 from pipelinerl.metrics.log import MetricsLog, read_metrics
 from pipelinerl.metrics.plots import write_plots
 from pipelinerl.metrics.rollouts import RolloutWriter
@@ -73,6 +77,10 @@ async def _session(config: RunConfig, ending: Ending) -> int:
             tell=console.note,
         )
 
+        history = History.open(run_dir, config.journal)
+        stack.push(partial(_end_journal, history.journal, ending))
+        resumed_from = str(checkpoint.path.resolve()) if checkpoint else None
+        history.journal.started(state.step, resumed_from, state.ledger, config.dump(), config.async_.lag_bound)
         ledger = Ledger.resumed(state.ledger)
         stack.callback(_write_ledger, run_dir, ledger)
         console.status("evaluating version 0" if config.eval.at_start and not checkpoint else "training")
@@ -87,6 +95,7 @@ async def _session(config: RunConfig, ending: Ending) -> int:
             log=log,
             rollouts=RolloutWriter(run_dir, config.metrics.rollout_groups_per_step),
             saver=_saver(config, run_dir, session, console, wandb),
+            history=history,
             alarm=make_alarm(config, calibrated),
             tell=console.note,
             ending=ending,
@@ -131,6 +140,21 @@ def _write_ledger(run_dir: Path, ledger: Ledger) -> None:
     (run_dir / "ledger.json").write_text(json.dumps(ledger.to_dict()) + "\n")
 
 
+def _end_journal(journal: Journal, ending: Ending, kind: object, error: BaseException | None, trace: object) -> None:
+    """The last line of the journal. A disk that is full must not hide how the run ended."""
+    code = EXIT_DONE if error is None else getattr(error, "exit_code", EXIT_BUG)
+    with suppress(EnvironmentProblem):
+        journal.ended(code if ending.exit_code is None else ending.exit_code, first_line(error) if error else "")
+    journal.close()
+
+
+def _journal_line(run_dir: Path) -> str:
+    try:
+        return check_journal(run_dir).describe()
+    except DataError as error:
+        return str(error)
+
+
 def _tell_about_data(task: Task, console: Console, log: MetricsLog) -> None:
     """Say what was left out of the user's data, and what will therefore not happen."""
     if task.skipped_rows:
@@ -149,6 +173,6 @@ def _conclude(config: RunConfig, run_dir: Path, log: MetricsLog, console: Consol
     try:
         if config.metrics.plots:
             write_plots(run_dir, config.async_.lag_bound)
-        print(format_summary(summarize(records), run_dir, wandb.sync_hint), flush=True)
+        print(format_summary(summarize(records), run_dir, wandb.sync_hint, _journal_line(run_dir)), flush=True)
     except Exception:  # a mirror of the metrics must not hide how the run ended
         logging.getLogger(__name__).warning("the summary could not be made", exc_info=True)

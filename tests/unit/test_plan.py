@@ -63,7 +63,7 @@ def test_devices_and_backend(overrides: list[str], gpus: int, device: str, backe
         (["engine.async_scheduling=true"], ["2"]),
         (["engine.generation_config=auto"], ["2"]),
         (["engine.update_pause=wait"], ["3"]),
-        (["engine.update_clear_cache=true"], ["3"]),
+        (["engine.kv_policy=recompute"], ["3"]),
         ([MATH, "model.head_dtype=bfloat16"], ["4"]),
     ],
 )
