@@ -24,6 +24,9 @@ class Command:
 COMMANDS = {
     "train": Command("pipelinerl.commands.train:main", "train a model (--dry-run: only show what would be done)"),
     "parity": Command("pipelinerl.commands.parity:main", "measure whether the engine's logprobs are the trainer's"),
+    "replay": Command(
+        "pipelinerl.commands.replay:main", "do the recorded steps of a run again and compare every number"
+    ),
     "make-tiny": Command("pipelinerl.tiny.make:main", "make the tiny models of the quickstart"),
 }
 

@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack, suppress
 from functools import partial
 from pathlib import Path
 
+from pipelinerl.batch import record as batch_record
 from pipelinerl.checkpoint.driver_state import DriverState
 from pipelinerl.checkpoint.resume import Checkpoint
 from pipelinerl.checkpoint.saver import Saver
@@ -102,7 +103,10 @@ async def _session(config: RunConfig, ending: Ending) -> int:
         )
         run.resume(state)
         ending.patience_s = config.checkpoint.sigterm_s if config.checkpoint.every else 0.0
+        if config.journal.batches:
+            await session.trainer.record_batches(str((run_dir / batch_record.FOLDER).resolve()))
         await train(run)
+        await session.trainer.finish_recording()
         ending.patience_s = 0.0
         if ending.wished:
             return EXIT_DONE

@@ -119,6 +119,21 @@ async def open_session(config: RunConfig, run_dir: Path, status: Callable[[str],
         await _to_the_end(cluster.close)
 
 
+@asynccontextmanager
+async def open_trainer(config: RunConfig, run_dir: Path, status: Callable[[str], None]) -> AsyncIterator[TrainerGroup]:
+    """Start the trainer alone, without engines; it holds version 0."""
+    cluster = RayCluster(config, run_dir, resolve_device(config))
+    try:
+        status("starting Ray")
+        await cluster.start()
+        status("starting the trainer")
+        trainer = TrainerGroup(await cluster.place_trainer(), config.trainer)
+        await trainer.setup()
+        yield trainer
+    finally:
+        await _to_the_end(cluster.close)
+
+
 async def _connected(trainer: TrainerGroup, fleet: Fleet, config: RunConfig, backend: str) -> Publisher:
     publisher = Publisher(trainer, fleet.engines, config.weights, backend, config.engine.tensor_parallel)
     await publisher.connect()

@@ -49,13 +49,15 @@ class RayCluster:
         trainer_bundles, engine_bundles = bundles(config, self._device, ray.cluster_resources().get("CPU", 1.0))
         trainer_group = await _reserve(trainer_bundles, "PACK")
         engine_group = await _reserve(engine_bundles, "SPREAD")
-        trainers = [
-            self._start(bundle, i, trainer_group, "pipelinerl.trainer.worker:TrainerWorker", (config, i, self._device))
-            for i, bundle in enumerate(trainer_bundles)
-        ]
+        trainers = self._start_trainers(trainer_bundles, trainer_group)
         self._engine_bundles, self._engine_group = engine_bundles, engine_group
         engines = self._start_engines(config, backend)
         return trainers, engines
+
+    async def place_trainer(self) -> list[RemoteWorker]:
+        """The same for the trainer ranks alone."""
+        trainer_bundles, _ = bundles(self._config, self._device, ray.cluster_resources().get("CPU", 1.0))
+        return self._start_trainers(trainer_bundles, await _reserve(trainer_bundles, "PACK"))
 
     async def replace_engines(self, config: RunConfig, backend: str) -> list[RemoteWorker]:
         """Stop all rollout workers and start new ones in their places, with the engine settings of `config`."""
@@ -72,6 +74,13 @@ class RayCluster:
         if self._started.exception() is None:
             await asyncio.gather(*(_stop(worker) for worker in self._workers))
             await asyncio.to_thread(ray.shutdown)
+
+    def _start_trainers(self, trainer_bundles: list[Bundle], group: Any) -> list[RemoteWorker]:
+        target = "pipelinerl.trainer.worker:TrainerWorker"
+        return [
+            self._start(bundle, i, group, target, (self._config, i, self._device))
+            for i, bundle in enumerate(trainer_bundles)
+        ]
 
     def _start_engines(self, config: RunConfig, backend: str) -> list[RemoteWorker]:
         target = "pipelinerl.engine.worker:RolloutWorker"

@@ -40,6 +40,19 @@ class TrainerGroup:
         results: list[StepResult] = await asyncio.gather(*calls)
         return results[0]
 
+    async def record_batches(self, folder: str) -> None:
+        """From now on every rank writes what its steps train on into `folder`."""
+        await self._all_ranks("record_batches", folder)
+
+    async def finish_recording(self) -> None:
+        """Wait until all of it is written. Raises EnvironmentProblem when it could not be."""
+        await self._all_ranks("finish_recording")
+
+    async def replay(self, folder: str, step: int) -> StepResult:
+        """Do a step that was recorded in `folder`."""
+        results: list[StepResult] = await self._all_ranks("replay", folder, step)
+        return results[0]
+
     async def reference_kl(self, updates: Sequence[Sequence[RankBatch]], payloads: Sequence[Any]) -> list[SampleKL]:
         """KL to the reference policy of every completion in `updates`, numbered as there; arguments as of `step`."""
         shares = list(zip(*updates, strict=True))

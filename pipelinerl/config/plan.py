@@ -141,8 +141,16 @@ def _run_rows(plan: Plan) -> Rows:
         ("task", task),
         ("steps", f"{config.steps:,} at lr {config.trainer.lr:g}"),
         ("checkpoints", _checkpoints(config)),
+        ("recorded batches", _recorded(plan)),
         ("evaluations", f"{len(versions)} (at version {shown})" if versions else "none"),
     ]
+
+
+def _recorded(plan: Plan) -> str:
+    if not plan.config.journal.batches:
+        return "none (journal.batches=false): the run cannot be replayed"
+    most = 4 * plan.tokens_per_step + 4 * plan.sampled_tokens_per_step
+    return f"at most {_size(most)} a step, never pruned (4 bytes a token, 4 more a sampled one)"
 
 
 def _checkpoints(config: RunConfig) -> str:

@@ -17,7 +17,8 @@ Groups whose rewards are all equal and that `batch.zero_variance=refill` replace
 the metrics, and not in what the alarm compares.
 
 Of samples in flight the driver knows how long they have been running: `selection/running_age_max` (versions since the
-admission of the oldest) against `selection/finished_age_max`, and their seconds. Their lengths and rewards nobody knows.
+admission of the oldest) against `selection/finished_age_max`, and their seconds. Their lengths and rewards nobody
+knows, so they are not compared.
 """
 
 import math

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from pipelinerl.batch.record import read_batch
 from pipelinerl.checkpoint.manifest import FileRecord
 from pipelinerl.config.schema import RunConfig
 from pipelinerl.trainer.backend import DeepSpeedBackend, init_process_group
@@ -20,6 +21,7 @@ from pipelinerl.trainer.hidden_states import hidden_states
 from pipelinerl.trainer.lora import add_adapters, export_adapter
 from pipelinerl.trainer.model import PolicyModel, compile_layers, export_policy, load_policy
 from pipelinerl.trainer.nudge import Weights
+from pipelinerl.trainer.recorder import BatchRecorder
 from pipelinerl.trainer.reference import Reference
 from pipelinerl.trainer.rows import make_rows
 from pipelinerl.trainer.scoring import score_completions
@@ -55,6 +57,7 @@ class TrainerWorker:
         self._reference: Reference | None = None
         self._source: WeightSource
         self._snapshot: Snapshot | None = None
+        self._recorder: BatchRecorder | None = None
 
     def setup(self, address: str, port: int) -> dict[str, Any]:
         """Join the other ranks at `address:port` and load the model. Returns what there is to log about it."""
@@ -125,6 +128,8 @@ class TrainerWorker:
         `SampleRef.group == i` names."""
         assert not self._weights.nudged, "a probe must take its nudge back before a step"
         start = time.perf_counter()
+        if self._recorder:
+            self._recorder.begin(self._version + 1, updates, payloads)
         rows = [make_rows(batch, payloads) for batch in updates]
         if self._reference:
             rows = self._reference.added_to(rows)
@@ -133,6 +138,21 @@ class TrainerWorker:
         self._version += 1
         metrics["perf/train_s"] = time.perf_counter() - start
         return StepResult(self._version, metrics, applied)
+
+    def record_batches(self, folder: str) -> None:
+        """From now on write what every step trains on into `folder`."""
+        self._recorder = BatchRecorder(Path(folder), self._rank)
+
+    def finish_recording(self) -> None:
+        """Wait until it is written. Raises EnvironmentProblem when it could not be."""
+        if self._recorder:
+            self._recorder.finish()
+
+    def replay(self, folder: str, step: int) -> StepResult:
+        """Do a recorded step. Raises DataError when it is not in `folder`."""
+        assert step == self._version + 1, (step, self._version)
+        batch = read_batch(Path(folder), step, self._rank)
+        return self.step(batch.updates, *batch.groups)
 
     def reference_kl(self, updates: Sequence[RankBatch], *payloads: RolloutGroup) -> list[SampleKL]:
         """How far the engine's policy is from the reference on each of this rank's samples, groups numbered as in
