@@ -1,7 +1,7 @@
 """Structured concurrency whose errors arrive as they were raised, not wrapped in an ExceptionGroup."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +33,11 @@ async def together(*parts: Coroutine[Any, Any, Any]) -> list[Any]:
     async with _task_group() as group:
         tasks = [group.create_task(part) for part in parts]
     return [task.result() for task in tasks]
+
+
+def raised(tasks: Iterable[asyncio.Task[Any]]) -> list[BaseException]:
+    """What the finished ones among the tasks raised, in the order of the tasks."""
+    return [error for task in tasks if task.done() and not task.cancelled() and (error := task.exception())]
 
 
 @asynccontextmanager

@@ -44,6 +44,14 @@ class WorkerDied(PipelineRLError):
     """A process of the run (engine, trainer rank, grader) ended that should be alive."""
 
 
+class WorkerFailed(PipelineRLError):
+    """A call raised something unforeseen in a process that is alive: a fault of the code, which a restart repeats."""
+
+
+class TrainerLost(PipelineRLError):
+    """A trainer rank died or hangs, and with it the group of all ranks. It can be started again from a checkpoint."""
+
+
 class Stalled(PipelineRLError):
     """Nothing made progress within the stated time."""
 

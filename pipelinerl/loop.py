@@ -6,7 +6,8 @@
 
     train   consumes the groups of a step      waits for  buffer.take         unblocked by  fill
     fill    consumes problems and places       waits for  buffer.admit        unblocked by  train (published)
-    watch   consumes nothing                   waits for  time                ends the run when a process is gone
+    refit   consumes restarted engines         waits for  the trainer         unblocked by  train (between two steps)
+    watch   consumes nothing                   waits for  time                ends the run when nothing is finished
     finish  consumes snapshots                 waits for  the ranks' writers  unblocked by  the disk
 
 A step s (from 1) trains with weights of version s - 1 and makes version s. A resumed run begins after step `start`.
@@ -36,10 +37,10 @@ from pipelinerl.parity.alarm import Alarm
 from pipelinerl.rollout.buffer import GroupBuffer
 from pipelinerl.tasks.base import Task
 from pipelinerl.tasks.stream import ProblemStream
-from pipelinerl.types import FloatArray, GroupMeta, Problem, RankBatch, SampleKL, StepResult
+from pipelinerl.types import FleetEvent, FloatArray, GroupMeta, Problem, RankBatch, SampleKL, StepResult
 from pipelinerl.updates import StepBatches, make_batches, why_unusable
 
-HEALTH_INTERVAL_S = 2.0
+WATCH_INTERVAL_S = 2.0
 
 
 class Rollouts(Protocol):
@@ -49,9 +50,12 @@ class Rollouts(Protocol):
 
     async def evaluate(self, group_id: int, problem: Problem) -> GroupMeta: ...
 
-    async def check_health(self) -> None: ...
+    async def stale(self) -> None:
+        """Wait until an engine needs the current weights."""
 
     def busy_s(self) -> float: ...
+
+    def metrics(self) -> dict[str, float]: ...
 
 
 class Trainer(Protocol):
@@ -99,12 +103,14 @@ class Run:
     reported_drops: Counter[str] = field(default_factory=Counter)  # those that are in the log already
     dropped_in_a_row: Counter[str] = field(default_factory=Counter)  # by reason
     skipped_in_a_row: int = 0
+    version: int = 0  # of the trainer's weights
+    trainer_is_free: asyncio.Lock = field(default_factory=asyncio.Lock)  # between its steps, and what belongs to them
     unpublished: list[StepResult] = field(default_factory=list)  # of the steps since the last weight update
     last_progress: float = field(default_factory=time.monotonic)
 
     def resume(self, state: DriverState) -> None:
         """Go on where the run was whose state this is. The buffer has got its part of it."""
-        self.start = state.step
+        self.start = self.version = state.step
         self.generated_tokens = state.generated_tokens
         self.reported_drops = Counter(state.reported_drops)
         self.dropped_in_a_row = Counter(state.dropped_in_a_row)
@@ -130,18 +136,19 @@ async def train(run: Run) -> None:
         await bring(run, run.start, None)
         if run.start == 0:
             await evaluate(run, version=0)
-        async with background(fill(run)):
+        async with background(fill(run), refit(run)):
             for step in range(run.start + 1, run.config.steps + 1):
                 meter = Meter.start(run)
                 groups = await run.buffer.take()
-                batches = await prepare(run, step, groups)
-                run.history.batch(step, [group.meta for group in groups], batches.updates)
-                result, _ = await together(
-                    run.trainer.step(batches.updates, [group.payload for group in groups]),
-                    write_rollouts(run, step, groups, batches.advantages),
-                )
-                settle(run, step, groups, result)
-                sync = await publish(run, step)
+                async with run.trainer_is_free:
+                    batches = await prepare(run, step, groups)
+                    run.history.batch(step, [group.meta for group in groups], batches.updates)
+                    result, _ = await together(
+                        run.trainer.step(batches.updates, [group.payload for group in groups]),
+                        write_rollouts(run, step, groups, batches.advantages),
+                    )
+                    settle(run, step, groups, result)
+                    sync = await publish(run) if update_is_due(run, step) else {}
                 selection, parted = run.history.audit.step(run.buffer.version)
                 metrics = meter.stop(run, groups, result) | batches.metrics | sync | selection
                 run.log.log("train", step, metrics)
@@ -183,6 +190,7 @@ async def roll_out(run: Run, ticket: int, problem: Problem) -> None:
 def settle(run: Run, step: int, groups: Sequence[Finished], result: StepResult) -> None:
     """Note what became of the groups of a step, and of the step."""
     run.last_progress = time.monotonic()
+    run.version = result.version
     run.unpublished.append(result)
     run.history.trained(step, [group.meta for group in groups], result)
     tickets = [group.meta.id for group in groups]
@@ -201,11 +209,10 @@ async def save(run: Run, step: int, metrics: dict[str, float]) -> None:
 
 
 async def watch(run: Run) -> None:
-    """End the run when a process is gone, or when nothing has been finished for too long."""
+    """End the run when nothing has been finished for too long."""
     limit = run.config.cluster.stall_timeout_s
     while True:
-        await asyncio.sleep(HEALTH_INTERVAL_S)
-        await run.fleet.check_health()
+        await asyncio.sleep(min(WATCH_INTERVAL_S, limit / 4))
         if time.monotonic() - run.last_progress > limit:
             raise Stalled(
                 f"no group and no step was finished for cluster.stall_timeout_s={limit:g} s "
@@ -213,13 +220,27 @@ async def watch(run: Run) -> None:
             )
 
 
-async def publish(run: Run, step: int) -> dict[str, float]:
-    """Bring the weights of version `step` to the engines when it is due, and let the groups it admits start."""
-    if step % run.config.weights.every and step != run.config.steps:
-        return {}
-    metrics = await bring(run, step, weights_changed(run.unpublished))
+async def refit(run: Run) -> None:
+    """Bring the current weights to engines that were restarted, also while the trainer waits for groups.
+
+    Those that have them already get them once more: one group of processes is one update.
+    """
+    while True:
+        await run.fleet.stale()
+        async with run.trainer_is_free:
+            await publish(run)
+        await asyncio.sleep(0)
+
+
+def update_is_due(run: Run, step: int) -> bool:
+    return step % run.config.weights.every == 0 or step == run.config.steps
+
+
+async def publish(run: Run) -> dict[str, float]:
+    """Bring the trainer's weights to the engines, and let the groups they admit start."""
+    metrics = await bring(run, run.version, weights_changed(run.unpublished))
     run.unpublished.clear()
-    await run.buffer.published(step)
+    await run.buffer.published(run.version)
     run.last_progress = time.monotonic()
     return metrics
 
@@ -292,6 +313,14 @@ async def write_rollouts(run: Run, step: int, groups: Sequence[Finished], advant
         for (group, weights), payload in zip(chosen, payloads, strict=True)
     ]
     await asyncio.to_thread(run.rollouts.write, step, records)
+
+
+def tell_about_fleet(run: Run, event: FleetEvent) -> None:
+    """Pass on what happens to engines."""
+    run.history.engine(event)
+    if event.kind != "requeued":
+        run.tell(event.text)
+    run.last_progress = time.monotonic()
 
 
 def check_dropped(run: Run, group: GroupMeta, reason: str) -> None:
@@ -369,6 +398,7 @@ class Meter:
             "perf/rollout_idle_frac": max(0.0, 1 - (run.fleet.busy_s() - self.busy_s) / seconds),
             "buffer/ready": float(run.buffer.ready),
             "buffer/running": float(run.buffer.running),
+            **run.fleet.metrics(),
         }
 
 

@@ -94,7 +94,7 @@ def read_record(run_dir: Path) -> Record:
             if number == 0:
                 record.first = event["step"]
                 record.resumed_from = Path(event["resumed_from"]) if event["resumed_from"] else None
-        if kind in ("started", "restarted") and event["step"] is not None:
+        if kind in ("started", "restarted") and "step" in event:
             record.configs = {step: used for step, used in record.configs.items() if step <= event["step"]}
         if kind == "trained" and config is not None:
             record.configs[event["step"]] = config

@@ -1,22 +1,24 @@
 """From a config to a finished run: start the processes, train, export, and clean up whatever happens."""
 
+import asyncio
 import json
 import logging
 import shutil
 from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from pipelinerl.batch import record as batch_record
+from pipelinerl.batch.record import FOLDER as BATCHES
 from pipelinerl.checkpoint.driver_state import DriverState
-from pipelinerl.checkpoint.resume import Checkpoint
+from pipelinerl.checkpoint.resume import Checkpoint, read_checkpoint
 from pipelinerl.checkpoint.saver import Saver
-from pipelinerl.checkpoint.store import FOLDER, CheckpointStore
+from pipelinerl.checkpoint.store import FOLDER, CheckpointStore, newest_whole
 from pipelinerl.concurrency import Ending
 from pipelinerl.config.preflight import with_absolute_paths
 from pipelinerl.config.schema import RunConfig
-from pipelinerl.errors import EXIT_BUG, EXIT_DONE, DataError, EnvironmentProblem, first_line
-from pipelinerl.loop import Run, train
+from pipelinerl.errors import EXIT_BUG, EXIT_DONE, DataError, EnvironmentProblem, TrainerLost, first_line
+from pipelinerl.loop import Run, tell_about_fleet, train
 from pipelinerl.metrics.console import Console
 from pipelinerl.metrics.history import History
 from pipelinerl.metrics.journal import Journal
@@ -26,6 +28,7 @@ from pipelinerl.metrics.plots import write_plots
 from pipelinerl.metrics.rollouts import RolloutWriter
 from pipelinerl.metrics.summary import format_summary, summarize
 from pipelinerl.metrics.wandb_sink import WandbSink
+from pipelinerl.parity.alarm import Alarm
 from pipelinerl.parity.preflight import make_alarm, preflight
 from pipelinerl.rollout.buffer import GroupBuffer
 from pipelinerl.rollout.ledger import Ledger
@@ -77,36 +80,18 @@ async def _session(config: RunConfig, ending: Ending) -> int:
             status=console.status,
             tell=console.note,
         )
-
+        console.status("evaluating version 0" if config.eval.at_start and not checkpoint else "training")
         history = History.open(run_dir, config.journal)
         stack.push(partial(_end_journal, history.journal, ending))
         resumed_from = str(checkpoint.path.resolve()) if checkpoint else None
         history.journal.started(state.step, resumed_from, state.ledger, config.dump(), config.async_.lag_bound)
-        ledger = Ledger.resumed(state.ledger)
-        stack.callback(_write_ledger, run_dir, ledger)
-        console.status("evaluating version 0" if config.eval.at_start and not checkpoint else "training")
-        run = Run(
-            config=config,
-            task=task,
-            stream=ProblemStream(task.problems("train"), config.seed),
-            buffer=GroupBuffer(config.batch.groups_per_step, config.async_.lag_bound, config.steps, state.step, ledger),
-            fleet=session.fleet,
-            trainer=session.trainer,
-            publisher=session.publisher,
-            log=log,
-            rollouts=RolloutWriter(run_dir, config.metrics.rollout_groups_per_step),
-            saver=_saver(config, run_dir, session, console, wandb),
-            history=history,
-            alarm=make_alarm(config, calibrated),
-            tell=console.note,
-            ending=ending,
-        )
-        run.resume(state)
-        ending.patience_s = config.checkpoint.sigterm_s if config.checkpoint.every else 0.0
+        alarm = make_alarm(config, calibrated)
+        parts = Parts(config, task, session, run_dir, log, console, wandb, history, alarm, ending)
+        stack.callback(parts.write_ledger)
         if config.journal.batches:
-            await session.trainer.record_batches(str((run_dir / batch_record.FOLDER).resolve()))
-        await train(run)
-        await session.trainer.finish_recording()
+            await session.trainer.record_batches(str((run_dir / BATCHES).resolve()))
+        ending.patience_s = config.checkpoint.sigterm_s if config.checkpoint.every else 0.0
+        await train_through_losses(parts, state, checkpoint)
         ending.patience_s = 0.0
         if ending.wished:
             return EXIT_DONE
@@ -125,9 +110,89 @@ async def _restore(session: Session, checkpoint: Checkpoint) -> None:
     await session.publisher.publish(0)
 
 
-def _saver(config: RunConfig, run_dir: Path, session: Session, console: Console, wandb: WandbSink) -> Saver:
-    store = CheckpointStore(run_dir / FOLDER, config.checkpoint.keep_last, config.checkpoint.keep_best)
-    return Saver(config, store, session.trainer, run_dir / "exports", console.note, wandb.run_id)
+@dataclass
+class Parts:
+    """What a run is made of that outlives its trainer."""
+
+    config: RunConfig
+    task: Task
+    session: Session
+    run_dir: Path
+    log: MetricsLog
+    console: Console
+    wandb: WandbSink
+    history: History
+    alarm: Alarm | None
+    ending: Ending
+    ledger: Ledger = field(default_factory=Ledger)  # of the newest run
+
+    def run_from(self, state: DriverState) -> Run:
+        """The run that goes on from `state`."""
+        config, session = self.config, self.session
+        self.ledger = Ledger.resumed(state.ledger)
+        batch, lag = config.batch, config.async_.lag_bound
+        store = CheckpointStore(self.run_dir / FOLDER, config.checkpoint.keep_last, config.checkpoint.keep_best)
+        exports = self.run_dir / "exports"
+        run = Run(
+            config=config,
+            task=self.task,
+            stream=ProblemStream(self.task.problems("train"), config.seed),
+            buffer=GroupBuffer(batch.groups_per_step, lag, config.steps, state.step, self.ledger),
+            fleet=session.fleet,
+            trainer=session.trainer,
+            publisher=session.publisher,
+            log=self.log,
+            rollouts=RolloutWriter(self.run_dir, config.metrics.rollout_groups_per_step),
+            saver=Saver(config, store, session.trainer, exports, self.console.note, self.wandb.run_id),
+            history=self.history,
+            alarm=self.alarm,
+            tell=self.console.note,
+            ending=self.ending,
+        )
+        run.resume(state)
+        session.fleet.listener = lambda event: tell_about_fleet(run, event)
+        return run
+
+    def write_ledger(self) -> None:
+        """Say what became of every prompt, at whatever end of the run."""
+        (self.run_dir / "ledger.json").write_text(json.dumps(self.ledger.to_dict()) + "\n")
+
+
+async def train_through_losses(parts: Parts, state: DriverState, start: Checkpoint | None) -> None:
+    """Train from `state`. When the trainer is lost, start it again and go on from the newest checkpoint, or from where
+    this began when there is none; what the engines sampled since then is void, for it has weights that are gone.
+
+    Raises TrainerLost when `trainer.max_restarts` are spent.
+    """
+    trainer, limit, now, lost = parts.session.trainer, parts.config.trainer.max_restarts, state, ""
+    while True:
+        try:
+            if lost:
+                now = await _revived(parts, start, state)
+                parts.history.trainer_restarted(lost, now.step, now.ledger)
+            await train(parts.run_from(now))
+            await trainer.finish_recording()
+            return
+        except TrainerLost as error:
+            if trainer.restarts >= limit:
+                raise TrainerLost(f"{error}; trainer.max_restarts={limit} are spent") from error
+            parts.console.note(f"the trainer is lost and starts again: {error}")
+            parts.log.log("run", parts.ledger.last_step, {"trainer/restarts": float(trainer.restarts + 1)})
+            lost = first_line(error)
+
+
+async def _revived(parts: Parts, start: Checkpoint | None, state: DriverState) -> DriverState:
+    """A new trainer with the state of the newest checkpoint, or with that in which this began; what the driver was."""
+    session = parts.session
+    newest = await asyncio.to_thread(newest_whole, parts.run_dir / FOLDER, parts.console.note)
+    checkpoint = start if newest is None else read_checkpoint(newest)
+    await session.replace_trainer()
+    if checkpoint is None:
+        parts.console.note("there is no checkpoint yet: training begins again at step 1")
+        return state
+    await session.trainer.restore(str(checkpoint.path.resolve()))
+    parts.console.note(f"training goes on after step {checkpoint.step}")
+    return checkpoint.state
 
 
 async def _export(config: RunConfig, session: Session, run_dir: Path) -> None:
@@ -137,11 +202,6 @@ async def _export(config: RunConfig, session: Session, run_dir: Path) -> None:
         target = (run_dir / name).resolve()
         shutil.rmtree(target, ignore_errors=True)
         await export(str(target))
-
-
-def _write_ledger(run_dir: Path, ledger: Ledger) -> None:
-    """Say what became of every prompt, at whatever end of the run."""
-    (run_dir / "ledger.json").write_text(json.dumps(ledger.to_dict()) + "\n")
 
 
 def _end_journal(journal: Journal, ending: Ending, kind: object, error: BaseException | None, trace: object) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from pipelinerl.cluster.fleet import Fleet
 from pipelinerl.cluster.ray_cluster import RayCluster
 from pipelinerl.cluster.trainer_group import TrainerGroup
-from pipelinerl.concurrency import Ending
+from pipelinerl.concurrency import Ending, background, together
 from pipelinerl.config.device import Device, resolve_backend, resolve_device
 from pipelinerl.config.schema import RunConfig
 from pipelinerl.errors import EXIT_SIGINT, EXIT_SIGTERM, PipelineRLError
@@ -84,9 +84,14 @@ class Session:
 
     async def replace_engines(self, config: RunConfig) -> None:
         """New engines with the engine settings of `config`, at version 0; the trainer stays as it is."""
-        self.fleet = Fleet(await self.cluster.replace_engines(config, self.backend), config)
-        self.settings["engines"] = await self.fleet.start()
+        self.settings["engines"] = await self.fleet.replace(config)
         self.publisher = await _connected(self.trainer, self.fleet, config, self.backend)
+
+    async def replace_trainer(self) -> None:
+        """New trainer ranks, with the weights of model.path. No engine serves before the next update reaches it."""
+        await self.fleet.abandon()
+        await self.trainer.restart()
+        self.publisher = await _connected(self.trainer, self.fleet, self.config, self.backend)
 
     def write_settings(self, run_dir: Path) -> None:
         """Write `settings` to settings.json."""
@@ -103,9 +108,9 @@ async def open_session(config: RunConfig, run_dir: Path, status: Callable[[str],
         status(f"run directory {run_dir}; starting Ray")
         await cluster.start()
         status("starting engines and trainer")
-        trainer_ranks, rollout_workers = await cluster.place_workers(backend)
-        fleet, trainer = Fleet(rollout_workers, config), TrainerGroup(trainer_ranks, config.trainer)
-        engine_settings, trainer_settings = await asyncio.gather(fleet.start(), trainer.setup())
+        await cluster.reserve(backend)
+        fleet, trainer = Fleet(cluster, config), TrainerGroup(cluster.start_ranks, config.trainer)
+        engine_settings, trainer_settings = await together(fleet.start(), trainer.setup())
         settings = {
             "device": device,
             "weights_backend": backend,
@@ -113,7 +118,8 @@ async def open_session(config: RunConfig, run_dir: Path, status: Callable[[str],
             "trainer": trainer_settings,
         }
         publisher = await _connected(trainer, fleet, config, backend)
-        yield Session(config, device, backend, cluster, trainer, fleet, publisher, settings)
+        async with background(fleet.supervise(), trainer.supervise()):
+            yield Session(config, device, backend, cluster, trainer, fleet, publisher, settings)
         status("stopping the workers")
     finally:
         await _to_the_end(cluster.close)
@@ -122,14 +128,17 @@ async def open_session(config: RunConfig, run_dir: Path, status: Callable[[str],
 @asynccontextmanager
 async def open_trainer(config: RunConfig, run_dir: Path, status: Callable[[str], None]) -> AsyncIterator[TrainerGroup]:
     """Start the trainer alone, without engines; it holds version 0."""
-    cluster = RayCluster(config, run_dir, resolve_device(config))
+    device = resolve_device(config)
+    cluster = RayCluster(config, run_dir, device)
     try:
         status("starting Ray")
         await cluster.start()
         status("starting the trainer")
-        trainer = TrainerGroup(await cluster.place_trainer(), config.trainer)
+        await cluster.reserve(resolve_backend(config, device), engines=False)
+        trainer = TrainerGroup(cluster.start_ranks, config.trainer)
         await trainer.setup()
-        yield trainer
+        async with background(trainer.supervise()):
+            yield trainer
     finally:
         await _to_the_end(cluster.close)
 

@@ -180,6 +180,16 @@ class GroupMeta:
 
 
 @dataclass(frozen=True, slots=True)
+class FleetEvent:
+    """Something that happened to an engine, for a person, the journal and the metrics."""
+
+    kind: str  # "requeued", "suspect", "lost", "restarted", "healthy" or "retired"
+    engine: int
+    text: str
+    group_id: int | None = None  # ticket of a requeued group of training
+
+
+@dataclass(frozen=True, slots=True)
 class TrainSample:
     """One rollout as the trainer sees it. Position t holds token t; logprobs and versions belong to token t."""
 

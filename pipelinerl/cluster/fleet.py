@@ -1,57 +1,68 @@
-"""The rollout workers as one fleet: each group goes to the worker with the fewest groups in flight."""
+"""All engines: every group goes to the healthy engine with the fewest in flight, and dead engines come back.
+
+    rollout, evaluate   consume     a problem            wait for  a healthy engine, then its group
+    supervise           consumes    heartbeats           waits for time; kills, restarts and retires engines
+    stale               consumes    nothing              waits for an engine that was restarted and has old weights
+
+A group whose engine dies is sampled again from the start by another one, with the weights of then: newer than those of
+its admission, so the bound on the lag holds. An engine costs the run its work in flight, not more. Only progress tells
+a hung engine from a busy one (its process is there and its connections are open): the heartbeat is an errand through
+the loop in which the engine core also samples.
+"""
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
-from pipelinerl.cluster.remote import RemoteWorker
+from pipelinerl.cluster.engine_handle import EngineHandle, EngineState, Launcher
+from pipelinerl.cluster.routing import LeastLoaded
+from pipelinerl.concurrency import together
 from pipelinerl.config.schema import RunConfig
-from pipelinerl.types import GroupMeta, Problem
+from pipelinerl.errors import PipelineRLError, Stalled, WorkerDied, first_line
+from pipelinerl.types import FleetEvent, GroupMeta, Outcome, Problem, RolloutMeta
 
-
-class EngineHandle:
-    """One rollout worker and its load."""
-
-    def __init__(self, worker: RemoteWorker, config: RunConfig):
-        self._worker = worker
-        self._config = config
-        self.in_flight = 0
-
-    async def start(self) -> dict[str, Any]:
-        return dict(await self._worker.call("start", timeout_s=self._config.engine.start_timeout_s))
-
-    async def connect(self, init_info: dict[str, Any]) -> None:
-        await self._worker.call("connect", init_info, timeout_s=self._config.weights.timeout_s)
-
-    async def update_weights(self, update_info: dict[str, Any], version: int) -> dict[str, float]:
-        return dict(await self._worker.call("update_weights", update_info, version))
-
-    async def commit(self, version: int, names: list[str], digests: list[int]) -> dict[str, float]:
-        return dict(await self._worker.call("commit", version, names, digests))
-
-    async def group(self, method: str, group_id: int, problem: Problem, *args: Any) -> tuple[GroupMeta, Any]:
-        return await self._worker.call_pair(method, group_id, problem, *args)
-
-    async def hidden_states(self, tokens: list[int]) -> Any:
-        """Hidden states of the engine, place by place; see RolloutWorker.hidden_states."""
-        return await self._worker.call("hidden_states", tokens, timeout_s=self._config.engine.start_timeout_s)
-
-    async def check_health(self) -> int:
-        return int(await self._worker.call("check_health", timeout_s=self._config.cluster.stall_timeout_s))
+MAX_BACKOFF_S = 30.0
 
 
 class Fleet:
-    """All engines. `busy_s` adds up the seconds during which at least one group was in flight."""
+    """The engines of a run. `busy_s` adds up the seconds during which at least one group was in flight."""
 
-    def __init__(self, workers: Sequence[RemoteWorker], config: RunConfig):
-        self.engines = [EngineHandle(worker, config) for worker in workers]
+    def __init__(self, launcher: Launcher, config: RunConfig):
+        self.engines = [EngineHandle(index, launcher, config) for index in range(config.engine.count)]
+        self.listener: Callable[[FleetEvent], None] = lambda event: None
+        self.restarts = 0
+        self.requeued = 0
+        self._config = config
+        self._change = asyncio.Event()  # of any engine's state; a new one each time
+        self._wakes = [asyncio.Event() for _ in self.engines]
+        self._routing = LeastLoaded()
+        for engine in self.engines:
+            self._routing.add(engine.index)
+            self._routing.disable(engine.index)
         self._busy_s = 0.0
         self._busy_since: float | None = None
 
     async def start(self) -> list[dict[str, Any]]:
-        """Start all engines; returns the settings each resolved to."""
-        return await asyncio.gather(*(engine.start() for engine in self.engines))
+        """Start all engines with the weights of model.path; returns the settings each resolved to.
+
+        They serve version 0 at once: the trainer starts from the same files.
+        """
+        settings = await together(*(engine.start() for engine in self.engines))
+        for engine in self.engines:
+            self.refitted(engine, 0)
+        return settings
+
+    async def replace(self, config: RunConfig) -> list[dict[str, Any]]:
+        """Other processes, with the engine settings of `config`, at version 0."""
+        for engine in self.engines:
+            self._become(engine, EngineState.RESTARTING)
+        settings = await together(*(engine.replace(config) for engine in self.engines))
+        for engine in self.engines:
+            self.refitted(engine, 0)
+        return settings
+
+    # Groups
 
     async def rollout(self, group_id: int, problem: Problem) -> tuple[GroupMeta, Any]:
         """A group for training: its summary and a reference to its payload."""
@@ -66,24 +77,191 @@ class Fleet:
         """A group for a parity probe: like `rollout`, with the engine's most likely tokens."""
         return await self._route("probe", group_id, problem, max_tokens)
 
-    async def check_health(self) -> None:
-        """Raise WorkerDied when an engine, a grader or their process is gone."""
-        await asyncio.gather(*(engine.check_health() for engine in self.engines))
-
     def busy_s(self) -> float:
         """Seconds with work in flight, so far."""
         running = 0.0 if self._busy_since is None else time.perf_counter() - self._busy_since
         return self._busy_s + running
 
+    def metrics(self) -> dict[str, float]:
+        """`fleet/*`: engines that serve now, and what was restarted and sampled again in the whole run."""
+        return {
+            "fleet/engines": float(sum(engine.serves for engine in self.engines)),
+            "fleet/restarts": float(self.restarts),
+            "fleet/requeued": float(self.requeued),
+        }
+
     async def _route(self, method: str, group_id: int, problem: Problem, *args: Any) -> tuple[GroupMeta, Any]:
-        engine = min(self.engines, key=lambda candidate: candidate.in_flight)
+        for _ in range(self._config.engine.max_requeues + 1):
+            engine = await self._acquire()
+            life = engine.life
+            try:
+                return await engine.group(method, group_id, problem, *args)
+            except WorkerDied as error:
+                self._lost(engine, error, life)
+                self.requeued += 1
+                ticket = group_id if method == "rollout" else None  # evaluations and probes count for themselves
+                self._tell("requeued", engine, f"group {group_id} goes to another engine", ticket)
+                last = engine
+            finally:
+                self._release(engine)
+        return self._given_up(group_id, problem, last), None
+
+    async def _acquire(self) -> EngineHandle:
+        engine = self.engines[await self._routing.acquire()]
         if self._busy_since is None:
             self._busy_since = time.perf_counter()
-        engine.in_flight += 1
+        return engine
+
+    def _release(self, engine: EngineHandle) -> None:
+        self._routing.release(engine.index)
+        if not self._routing.in_flight and self._busy_since is not None:
+            self._busy_s += time.perf_counter() - self._busy_since
+            self._busy_since = None
+
+    def _given_up(self, group_id: int, problem: Problem, engine: EngineHandle) -> GroupMeta:
+        """A group that every engine died of: it is counted as errored, and takes no more engines along."""
+        limit = self._config.engine.max_requeues
+        detail = f"{limit + 1} engines died while they worked on {problem.id} (engine.max_requeues={limit})"
+        lost = RolloutMeta(0.0, Outcome.INFRA_ABORT, {}, 0, 0, 0, {}, detail)
+        return GroupMeta(group_id, problem.id, engine.index, (lost,) * self._config.batch.group_size, 0.0)
+
+    # Weight updates: what the publisher asks and tells
+
+    def members(self) -> list[EngineHandle]:
+        """The engines that are to get the next update. One that does not answer is left out and becomes STALE."""
+        for engine in self.engines:
+            engine.missed_update |= engine.state is EngineState.SUSPECT
+        return [engine for engine in self.engines if engine.state in (EngineState.HEALTHY, EngineState.STALE)]
+
+    def lost(self, engine: EngineHandle, error: BaseException) -> None:
+        """It did not complete its part of an update: kill it and start another one in its place."""
+        self._lost(engine, error, engine.life)
+
+    def refitted(self, engine: EngineHandle, version: int) -> None:
+        """A whole update has reached it: it serves `version`."""
+        if engine.state is EngineState.STALE:
+            self._become(engine, EngineState.HEALTHY)
+            if engine.restarts:
+                self._tell("healthy", engine, f"serves version {version}")
+
+    async def stale(self) -> None:
+        """Wait until an engine needs the current weights."""
+        while not any(engine.state is EngineState.STALE for engine in self.engines):
+            await self._change.wait()
+
+    async def abandon(self) -> None:
+        """Give up all groups in flight, and serve nothing until the next update: the weights of now are void."""
+        living = [engine for engine in self.engines if engine.lives]
+        for engine in living:
+            if engine.state is not EngineState.STALE:
+                self._become(engine, EngineState.STALE)
+        for engine, result in zip(living, await asyncio.gather(*map(_abandon, living)), strict=True):
+            if result is not None:
+                self._lost(engine, result, engine.life)
+
+    # Supervision
+
+    async def supervise(self) -> None:
+        """Watch all engines for ever. Raises WorkerDied when fewer than `engine.min_count` can be had."""
+        await together(*(self._supervise(engine) for engine in self.engines))
+
+    async def _supervise(self, engine: EngineHandle) -> None:
+        wake = self._wakes[engine.index]
+        while engine.state is not EngineState.RETIRED:
+            if engine.state is EngineState.DEAD:
+                await self._restart(engine)
+            elif engine.lives:
+                await self._heartbeat(engine)
+            if engine.state is EngineState.DEAD:
+                continue
+            wake.clear()
+            try:
+                await asyncio.wait_for(wake.wait(), self._config.engine.heartbeat_s)
+            except TimeoutError:
+                continue
+
+    async def _heartbeat(self, engine: EngineHandle) -> None:
+        """Half of `engine.hang_timeout_s` without an answer makes an engine suspect, all of it dead."""
+        life = engine.life
         try:
-            return await engine.group(method, group_id, problem, *args)
-        finally:
-            engine.in_flight -= 1
-            if not any(other.in_flight for other in self.engines):
-                self._busy_s += time.perf_counter() - self._busy_since
-                self._busy_since = None
+            await engine.heartbeat(self._config.engine.hang_timeout_s / 2)
+        except Stalled:
+            if engine.life != life or not engine.lives:
+                return
+            if engine.state is EngineState.HEALTHY:
+                self._become(engine, EngineState.SUSPECT)
+                self._tell("suspect", engine, "does not answer")
+                await self._heartbeat(engine)
+            else:
+                limit = self._config.engine.hang_timeout_s
+                hung = WorkerDied(f"{engine.name} has not answered for engine.hang_timeout_s={limit:g} s")
+                self._lost(engine, hung, life)
+        except PipelineRLError as error:
+            self._lost(engine, error, life)
+        else:
+            if engine.state is EngineState.SUSPECT and engine.life == life:
+                self._become(engine, EngineState.STALE if engine.missed_update else EngineState.HEALTHY)
+                engine.missed_update = False
+
+    def _lost(self, engine: EngineHandle, error: BaseException, life: int) -> None:
+        """The engine's process of that life is gone, or is to be."""
+        if engine.life != life or not engine.lives:
+            return
+        self._become(engine, EngineState.DEAD)
+        engine.kill()
+        self._wakes[engine.index].set()
+        self._tell("lost", engine, first_line(error))
+
+    async def _restart(self, engine: EngineHandle) -> None:
+        if engine.restarts >= self._config.engine.max_restarts:
+            self._retire(engine)
+            return
+        self._become(engine, EngineState.RESTARTING)
+        await asyncio.sleep(min(MAX_BACKOFF_S, 2.0**engine.restarts - 1))  # at once the first time
+        engine.restarts += 1
+        self.restarts += 1
+        try:
+            await engine.start()
+        except PipelineRLError as error:
+            engine.kill()
+            self._become(engine, EngineState.DEAD)
+            self._tell("lost", engine, f"restart {engine.restarts} failed: {first_line(error)}")
+            return
+        self._tell("restarted", engine, f"started again, {engine.restarts} of {self._config.engine.max_restarts}")
+        self._notify()
+
+    def _retire(self, engine: EngineHandle) -> None:
+        self._become(engine, EngineState.RETIRED)
+        limit = self._config.engine
+        self._tell("retired", engine, f"engine.max_restarts={limit.max_restarts} are spent")
+        left = sum(other.state is not EngineState.RETIRED for other in self.engines)
+        if left < limit.min_count:
+            raise WorkerDied(
+                f"{left} of {limit.count} engines are left and engine.min_count={limit.min_count} are needed: "
+                f"{engine.name} died {engine.restarts + 1} times (engine.max_restarts={limit.max_restarts}); "
+                f"see logs/engine_{engine.index}.log"
+            )
+
+    def _become(self, engine: EngineHandle, state: EngineState) -> None:
+        engine.become(state)
+        if engine.serves:
+            self._routing.enable(engine.index)
+        else:
+            self._routing.disable(engine.index)
+        self._notify()
+
+    def _notify(self) -> None:
+        """Wake whoever waits for an engine's state."""
+        self._change.set()
+        self._change = asyncio.Event()
+
+    def _tell(self, kind: str, engine: EngineHandle, text: str, group_id: int | None = None) -> None:
+        self.listener(FleetEvent(kind, engine.index, f"{engine.name}: {text}", group_id))
+
+
+async def _abandon(engine: EngineHandle) -> PipelineRLError | None:
+    try:
+        await engine.abandon()
+    except PipelineRLError as error:
+        return error
+    return None

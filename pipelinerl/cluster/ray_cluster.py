@@ -26,8 +26,11 @@ class RayCluster:
         self._config = config
         self._logs = (run_dir / "logs").resolve()
         self._device = device
-        self._workers: list[RemoteWorker] = []
+        self._backend = ""
+        self._workers: dict[str, RemoteWorker] = {}  # by name: the newest of that name
+        self._trainer_bundles: list[Bundle] = []
         self._engine_bundles: list[Bundle] = []
+        self._trainer_group: Any = None
         self._engine_group: Any = None
         self._started: asyncio.Task[None] | None = None
 
@@ -40,31 +43,35 @@ class RayCluster:
         for which in (signal.SIGINT, signal.SIGTERM):
             signal.signal(which, signal.getsignal(which))
 
-    async def place_workers(self, backend: str) -> tuple[list[RemoteWorker], list[RemoteWorker]]:
-        """Reserve what all processes need, then start them. Returns (trainer ranks, rollout workers).
+    async def reserve(self, backend: str, engines: bool = True) -> None:
+        """Reserve what all processes need. Raises EnvironmentProblem that says what the cluster lacks.
 
-        Raises EnvironmentProblem that says what the cluster lacks.
+        `backend` is that of the weight transport, which engines are told when they start; without `engines`, the
+        trainer has the cluster for itself.
         """
-        config = self._config
-        trainer_bundles, engine_bundles = bundles(config, self._device, ray.cluster_resources().get("CPU", 1.0))
-        trainer_group = await _reserve(trainer_bundles, "PACK")
-        engine_group = await _reserve(engine_bundles, "SPREAD")
-        trainers = self._start_trainers(trainer_bundles, trainer_group)
-        self._engine_bundles, self._engine_group = engine_bundles, engine_group
-        engines = self._start_engines(config, backend)
-        return trainers, engines
+        self._backend = backend
+        cpus = ray.cluster_resources().get("CPU", 1.0)
+        self._trainer_bundles, self._engine_bundles = bundles(self._config, self._device, cpus)
+        self._trainer_group = await _reserve(self._trainer_bundles, "PACK")
+        if engines:
+            self._engine_group = await _reserve(self._engine_bundles, "SPREAD")
 
-    async def place_trainer(self) -> list[RemoteWorker]:
-        """The same for the trainer ranks alone."""
-        trainer_bundles, _ = bundles(self._config, self._device, ray.cluster_resources().get("CPU", 1.0))
-        return self._start_trainers(trainer_bundles, await _reserve(trainer_bundles, "PACK"))
+    def start_ranks(self) -> list[RemoteWorker]:
+        """Start the processes of all trainer ranks in their places."""
+        target = "pipelinerl.trainer.worker:TrainerWorker"
+        return [
+            self._start(bundle, rank, self._trainer_group, target, (self._config, rank, self._device))
+            for rank, bundle in enumerate(self._trainer_bundles)
+        ]
 
-    async def replace_engines(self, config: RunConfig, backend: str) -> list[RemoteWorker]:
-        """Stop all rollout workers and start new ones in their places, with the engine settings of `config`."""
-        engines = [worker for worker in self._workers if worker.is_async]
-        await asyncio.gather(*(_stop(worker) for worker in engines))
-        self._workers = [worker for worker in self._workers if not worker.is_async]
-        return self._start_engines(config, backend)
+    def start_engine(self, index: int, config: RunConfig) -> RemoteWorker:
+        """Start the process of an engine in its place, with the engine settings of `config`."""
+        bundle, target = self._engine_bundles[index], "pipelinerl.engine.worker:RolloutWorker"
+        return self._start(bundle, index, self._engine_group, target, (config, index, self._backend), is_async=True)
+
+    async def stop_engine(self, worker: RemoteWorker) -> None:
+        """Let an engine close what it has, then end its process."""
+        await _stop(worker)
 
     async def close(self) -> None:
         """Ask every worker to stop, kill what is left, and end the local cluster. Never raises."""
@@ -72,22 +79,8 @@ class RayCluster:
             return
         await asyncio.wait([self._started])
         if self._started.exception() is None:
-            await asyncio.gather(*(_stop(worker) for worker in self._workers))
+            await asyncio.gather(*(_stop(worker) for worker in self._workers.values()))
             await asyncio.to_thread(ray.shutdown)
-
-    def _start_trainers(self, trainer_bundles: list[Bundle], group: Any) -> list[RemoteWorker]:
-        target = "pipelinerl.trainer.worker:TrainerWorker"
-        return [
-            self._start(bundle, i, group, target, (self._config, i, self._device))
-            for i, bundle in enumerate(trainer_bundles)
-        ]
-
-    def _start_engines(self, config: RunConfig, backend: str) -> list[RemoteWorker]:
-        target = "pipelinerl.engine.worker:RolloutWorker"
-        return [
-            self._start(bundle, i, self._engine_group, target, (config, i, backend), is_async=True)
-            for i, bundle in enumerate(self._engine_bundles)
-        ]
 
     def _start(
         self, bundle: Bundle, index: int, group: Any, target: str, args: tuple[Any, ...], is_async: bool = False
@@ -103,7 +96,7 @@ class RayCluster:
             env=_worker_env(self._device, args[0], is_trainer=not is_async),
             is_async=is_async,
         )
-        self._workers.append(worker)
+        self._workers[bundle.name] = worker
         return worker
 
 

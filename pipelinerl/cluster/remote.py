@@ -1,26 +1,38 @@
 """A worker class in a process of its own, behind one awaitable call.
 
 `RemoteWorker.start` makes a Ray actor that imports and builds the named class there, so that the driver never imports
-torch or vLLM. What the class prints goes to a log file. What it raises arrives here as it was raised; a process that
-is gone arrives as WorkerDied, a call that takes too long as Stalled.
+torch or vLLM. What the class prints goes to a log file. What it raises of our own arrives here as it was raised,
+anything else as WorkerFailed; a process that is gone arrives as WorkerDied, a call that takes too long as Stalled.
 """
 
 import asyncio
 import os
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from pipelinerl.errors import PipelineRLError, Stalled, WorkerDied, first_line
+from pipelinerl.errors import PipelineRLError, Stalled, TrainerLost, WorkerDied, WorkerFailed, first_line
 
 MAX_CONCURRENT_CALLS = 100_000
+GROUP_LOST = "a finished group is lost with the node that held it"
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """Processes below a worker: (pid, time of creation), on one node."""
+
+    node: str
+    started: tuple[tuple[int, float], ...]
 
 
 class _Host:
@@ -40,12 +52,50 @@ class _Host:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
+    def processes(self) -> Processes:
+        """What this process has started, and what that has started."""
+        children = psutil.Process().children(recursive=True)
+        return Processes(ray.get_runtime_context().get_node_id(), tuple((p.pid, p.create_time()) for p in children))
 
+    def sweep(self, left: Processes) -> None:
+        """Kill what a killed process before this one left on this node: what is stopped ends with nobody."""
+        if left.node == ray.get_runtime_context().get_node_id():
+            for pid, created in left.started:
+                with suppress(psutil.NoSuchProcess):
+                    process = psutil.Process(pid)
+                    if process.create_time() == created:
+                        process.kill()
+
+
+@ray.remote(concurrency_groups={"pulse": 1})
+class _SyncHost(_Host):
+    """Works on one call at a time. Its pulse has a thread of its own: it answers in the middle of a call."""
+
+    @ray.method(concurrency_group="pulse")  # type: ignore[untyped-decorator]
+    def pulse(self) -> None:
+        pass
+
+
+@ray.remote
 class _AsyncHost(_Host):
     """The same with an event loop, in which many calls run at a time."""
 
     async def call(self, method: str, *args: Any) -> Any:
         return await getattr(self._worker, method)(*args)
+
+
+class Payload:
+    """A reference to what a worker made, which stays in its node's memory until someone needs it."""
+
+    def __init__(self, ref: Any):
+        self.ref = ref
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        """The value, here. Raises TrainerLost when its node is gone: a step that needs it cannot be made whole."""
+        try:
+            return (yield from self.ref.__await__())
+        except (ObjectLostError, RayActorError) as error:
+            raise TrainerLost(f"{GROUP_LOST} ({type(error).__name__})") from error
 
 
 class RemoteWorker:
@@ -72,7 +122,7 @@ class RemoteWorker:
         is_async: bool,
     ) -> "RemoteWorker":
         """Start `target` ("module:Class") with `args` in bundle number `bundle` of a placement group."""
-        host = ray.remote(_AsyncHost if is_async else _Host)
+        host: Any = _AsyncHost if is_async else _SyncHost
         actor = host.options(
             name=None,
             num_cpus=resources.get("CPU", 0),
@@ -85,18 +135,32 @@ class RemoteWorker:
         return cls(name, actor, log_path, is_async)
 
     async def call(self, method: str, *args: Any, timeout_s: float | None = None) -> Any:
-        """Run a method of the worker and return its result. ObjectRefs among `args` arrive as their values."""
-        return await self._wait(self._actor.call.remote(method, *args), method, timeout_s)
+        """Run a method of the worker and return its result. Payloads among `args` arrive as their values."""
+        values = (value.ref if isinstance(value, Payload) else value for value in args)
+        return await self._wait(self._actor.call.remote(method, *values), method, timeout_s)
 
-    async def call_pair(self, method: str, *args: Any) -> tuple[Any, Any]:
+    async def call_pair(self, method: str, *args: Any) -> tuple[Any, Payload]:
         """For a method that returns (summary, payload): the summary, and a reference to the payload."""
         summary, payload = self._actor.call.options(num_returns=2).remote(method, *args)
-        return await self._wait(summary, method, None), payload
+        return await self._wait(summary, method, None), Payload(payload)
 
     async def endpoint(self, timeout_s: float) -> tuple[str, int]:
         """Address of the worker's node and a free port there."""
         address, port = await self._wait(self._actor.endpoint.remote(), "endpoint", timeout_s)
         return address, port
+
+    async def processes(self, timeout_s: float) -> Processes:
+        """What the worker's process has started."""
+        found: Processes = await self._wait(self._actor.processes.remote(), "processes", timeout_s)
+        return found
+
+    async def sweep(self, left: Processes, timeout_s: float) -> None:
+        """Kill what the worker before this one left behind on the node, if it is the same."""
+        await self._wait(self._actor.sweep.remote(left), "sweep", timeout_s)
+
+    async def pulse(self, timeout_s: float) -> None:
+        """Return when the process of a worker that is not async has shown life, also in the middle of a call."""
+        await self._wait(self._actor.pulse.remote(), "its pulse", timeout_s)
 
     def kill(self) -> None:
         """End the process at once."""
@@ -110,9 +174,13 @@ class RemoteWorker:
             cause = error.cause
             if isinstance(cause, PipelineRLError):
                 raise cause from None
-            raise WorkerDied(
+            if isinstance(cause, ObjectLostError):
+                raise WorkerDied(f"{self.name}: {GROUP_LOST} ({type(cause).__name__})") from error
+            raise WorkerFailed(
                 f"{self.name}: {method} raised {type(cause).__name__}: {first_line(cause)}; see {self._log_path}"
             ) from error
+        except ObjectLostError as error:
+            raise WorkerDied(f"{self.name}: {GROUP_LOST} ({type(error).__name__})") from error
         except RayActorError as error:
             raise WorkerDied(f"{self.name}: its process died during {method}; see {self._log_path}") from error
         except TimeoutError:

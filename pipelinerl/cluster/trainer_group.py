@@ -1,34 +1,73 @@
 """The trainer ranks as one trainer."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 from pipelinerl.checkpoint.manifest import FileRecord
 from pipelinerl.cluster.remote import RemoteWorker
+from pipelinerl.concurrency import raised, together
 from pipelinerl.config.schema import TrainerConfig
+from pipelinerl.errors import Stalled, TrainerLost, WorkerDied, first_line
 from pipelinerl.types import FloatArray, RankBatch, SampleKL, ScoredSequence, ScoreRequest, StepResult
+
+CAUSE_GRACE_S = 3.0  # how long the other ranks have to report after one has failed
 
 
 class TrainerGroup:
     """Calls go to all ranks at once; weight updates, scores and exports are rank 0's.
 
-    With ZeRO 3 no rank has a whole parameter, so the others take part in those too.
+    With ZeRO 3 no rank has a whole parameter, so the others take part in those too. A rank that dies or hangs takes the
+    group with it: the call in hand and all that follow raise TrainerLost, until `restart`.
     """
 
-    def __init__(self, ranks: Sequence[RemoteWorker], config: TrainerConfig):
-        self._ranks = ranks
+    def __init__(self, launch: Callable[[], Sequence[RemoteWorker]], config: TrainerConfig):
+        self.restarts = 0
+        self._launch = launch
         self._config = config
+        self._ranks: Sequence[RemoteWorker] = ()
         self._address = ""
+        self._lost: TrainerLost | None = None
+        self._recording = ""
+        self._up = asyncio.Event()
 
     async def setup(self) -> dict[str, Any]:
-        """Bring up the process group and load the model on every rank. Returns what there is to log."""
+        """Start the ranks, bring up their process group, load the model on each. Returns what there is to log."""
+        self._ranks = self._launch()
         self._address, port = await self._ranks[0].endpoint(self._config.start_timeout_s)
-        described = await asyncio.gather(
-            *(rank.call("setup", self._address, port, timeout_s=self._config.start_timeout_s) for rank in self._ranks)
+        described = await self._together(
+            rank.call("setup", self._address, port, timeout_s=self._config.start_timeout_s) for rank in self._ranks
         )
+        self._up.set()
         return dict(described[0])
+
+    async def restart(self) -> None:
+        """New processes in the place of those that are lost, with the weights of model.path."""
+        self._end(TrainerLost("the trainer is being restarted"))
+        self.restarts += 1
+        self._lost = None
+        await self.setup()
+        if self._recording:
+            await self.record_batches(self._recording)
+
+    async def supervise(self) -> None:
+        """Look at every rank's pulse for ever. One without a pulse for `trainer.hang_timeout_s` ends the group."""
+        while True:
+            await self._up.wait()
+            try:
+                await together(*(rank.pulse(self._config.hang_timeout_s) for rank in self._ranks))
+            except (Stalled, WorkerDied) as error:
+                if self._up.is_set():
+                    self._end(TrainerLost(first_line(error)))
+            await asyncio.sleep(self._config.pulse_s)
+
+    def _end(self, cause: TrainerLost) -> None:
+        """Kill all ranks: what waits for one of them learns of it now, not at a timeout."""
+        self._lost = self._lost or cause
+        self._up.clear()
+        for rank in self._ranks:
+            rank.kill()
 
     async def step(self, updates: Sequence[Sequence[RankBatch]], payloads: Sequence[Any]) -> StepResult:
         """The optimizer updates of a step, each as [rank]. `payloads[i]` is a reference to the group that
@@ -37,11 +76,12 @@ class TrainerGroup:
             rank.call("step", *_own_share(own, payloads), timeout_s=self._config.step_timeout_s)
             for rank, own in zip(self._ranks, zip(*updates, strict=True), strict=True)
         )
-        results: list[StepResult] = await asyncio.gather(*calls)
+        results: list[StepResult] = await self._together(calls)
         return results[0]
 
     async def record_batches(self, folder: str) -> None:
         """From now on every rank writes what its steps train on into `folder`."""
+        self._recording = folder
         await self._all_ranks("record_batches", folder)
 
     async def finish_recording(self) -> None:
@@ -60,17 +100,19 @@ class TrainerGroup:
             rank.call("reference_kl", *_own_share(own, payloads), timeout_s=self._config.step_timeout_s)
             for rank, own in zip(self._ranks, shares, strict=True)
         )
-        results: list[list[SampleKL]] = await asyncio.gather(*calls)
+        results: list[list[SampleKL]] = await self._together(calls)
         measured = list(zip(shares, results, strict=True))[:: self._config.sequence_parallel]  # which hold the same
         return [replace(sample, group=_groups_of(own)[sample.group]) for own, samples in measured for sample in samples]
 
     async def listen(self, backend: str) -> dict[str, Any]:
         """Open the weight transport on rank 0."""
-        return dict(await self._ranks[0].call("listen", backend, self._address))
+        (found,) = await self._together([self._ranks[0].call("listen", backend, self._address)])
+        return dict(found)
 
     async def connect_weights(self, world_size: int) -> dict[str, Any]:
         """Wait on rank 0 for the engines; returns the manifest."""
-        return dict(await self._ranks[0].call("connect", world_size))
+        (manifest,) = await self._together([self._ranks[0].call("connect", world_size)])
+        return dict(manifest)
 
     async def send_weights(self) -> dict[str, float]:
         """Broadcast the weights from rank 0."""
@@ -78,7 +120,7 @@ class TrainerGroup:
 
     async def nudge(self) -> None:
         """Exchange the weights of all ranks for a probe's second set, or the second set for the weights."""
-        await asyncio.gather(*(rank.call("nudge", timeout_s=self._config.step_timeout_s) for rank in self._ranks))
+        await self._all_ranks("nudge")
 
     async def score(self, request: ScoreRequest, payloads: Sequence[Any]) -> list[ScoredSequence]:
         """Rank 0's logprobs of the completions in groups, or in references to groups."""
@@ -113,12 +155,35 @@ class TrainerGroup:
 
     async def _all_ranks(self, method: str, *args: Any) -> list[Any]:
         calls = (rank.call(method, *args, timeout_s=self._config.step_timeout_s) for rank in self._ranks)
-        return await asyncio.gather(*calls)
+        return await self._together(calls)
 
     async def _from_rank_0(self, method: str, *args: Any, **options: Any) -> Any:
         """Rank 0's answer to a call that needs whole parameters."""
         ranks = self._ranks if self._config.zero_stage == 3 else self._ranks[:1]
-        return (await asyncio.gather(*(rank.call(method, *args, **options) for rank in ranks)))[0]
+        return (await self._together(rank.call(method, *args, **options) for rank in ranks))[0]
+
+    async def _together(self, calls: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
+        """The results of all calls. Raises TrainerLost when a rank is gone or too late; the peers of a dead rank
+        complain too, often before the news of its death, and their complaint is not the cause."""
+        tasks = [asyncio.ensure_future(call) for call in calls]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            if raised(tasks):
+                await asyncio.wait(tasks, timeout=CAUSE_GRACE_S)
+                self._raise_cause(raised(tasks))
+            return [task.result() for task in tasks]
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    def _raise_cause(self, errors: Sequence[BaseException]) -> NoReturn:
+        gone = [error for error in errors if isinstance(error, WorkerDied | Stalled)]
+        if not gone and self._lost is None:
+            raise errors[0]
+        if self._lost is None:
+            self._end(TrainerLost(first_line(gone[0])))
+        assert self._lost is not None
+        raise self._lost
 
 
 def _own_share(updates: Sequence[RankBatch], payloads: Sequence[Any]) -> tuple[Any, ...]:

@@ -461,6 +461,21 @@ class EngineConfig(Section):
     )
 
     start_timeout_s: PositiveFloat = 600.0
+    heartbeat_s: PositiveFloat = Field(2.0, description="seconds between two heartbeats of an engine")
+    hang_timeout_s: PositiveFloat = Field(
+        60.0, description="an engine that answers no heartbeat for so long is killed; after half of it, it gets no work"
+    )
+    max_restarts: NonNegativeInt = Field(3, description="of each engine; after that the run goes on without it")
+    min_count: PositiveInt = Field(1, description="with fewer engines left the run ends (exit 4)")
+    max_requeues: NonNegativeInt = Field(
+        3, description="a group that one engine more than this has died of is dropped as errored"
+    )
+
+    @model_validator(mode="after")
+    def _enough_engines(self) -> "EngineConfig":
+        if self.min_count > self.count:
+            raise ValueError(f"min_count={self.min_count} is more than count={self.count}")
+        return self
 
     @model_validator(mode="after")
     def _kv_lag_is_for_its_policy(self) -> "EngineConfig":
@@ -515,6 +530,11 @@ class TrainerConfig(Section):
     )
     step_timeout_s: PositiveFloat = 1800.0
     start_timeout_s: PositiveFloat = 600.0
+    pulse_s: PositiveFloat = Field(2.0, description="seconds between two looks at every rank's pulse")
+    hang_timeout_s: PositiveFloat = Field(60.0, description="ranks are killed when one shows no pulse for so long")
+    max_restarts: NonNegativeInt = Field(
+        2, description="of the group of ranks, from the newest checkpoint; after that the run ends (exit 4)"
+    )
 
 
 class WeightsConfig(Section):
@@ -760,6 +780,8 @@ def _contradictions(config: RunConfig) -> "list[str]":
     for key, limit in (
         ("trainer.step_timeout_s", config.trainer.step_timeout_s),
         ("weights.timeout_s", config.weights.timeout_s),
+        ("engine.hang_timeout_s", config.engine.hang_timeout_s),
+        ("trainer.hang_timeout_s", config.trainer.hang_timeout_s),
     ):
         if limit >= config.cluster.stall_timeout_s:
             found.append(

@@ -12,3 +12,6 @@ from pipelinerl.weights.canary import CanaryWorker
 
 class WorkerExtension(CanaryWorker, HiddenStatesWorker, KVPolicyWorker, SeededWorker):
     """Named as `worker_extension_cls`: its methods become the worker's own, callable through `collective_rpc`."""
+
+    def pulse(self) -> None:
+        """Show that the worker answers."""

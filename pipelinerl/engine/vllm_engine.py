@@ -263,10 +263,14 @@ class VllmEngine:
                 f"paused: {type(error).__name__}: {first_line(error)}"
             ) from error
 
-    async def check_health(self) -> None:
-        """Raise WorkerDied when the engine's core process is gone."""
+    async def heartbeat(self) -> None:
+        """Return when the engine core has been around the loop in which it samples, and every worker has answered it.
+
+        A process that was stopped keeps its connections, and vLLM's own health check passes. Raises WorkerDied when
+        the core is gone.
+        """
         try:
-            await self._llm.check_health()
+            await self._llm.collective_rpc("pulse")
         except EngineDeadError as error:
             raise self._died() from error
 

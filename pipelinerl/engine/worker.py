@@ -4,13 +4,15 @@ A plain class: the cluster layer makes it an async Ray actor, so that many group
 Generation is a local call; only finished groups leave the process.
 """
 
+import asyncio
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from pipelinerl.config.schema import RunConfig
 from pipelinerl.engine.vllm_engine import VllmEngine
+from pipelinerl.errors import WorkerFailed
 from pipelinerl.rollout.episode import GenerateFn
 from pipelinerl.rollout.group import run_group
 from pipelinerl.rollout.seeds import Purpose, completion_seed
@@ -31,6 +33,7 @@ class RolloutWorker:
         self._engine: VllmEngine
         self._renderer: ChatRenderer
         self._graders: GraderPool
+        self._groups: set[asyncio.Task[RolloutGroup]] = set()
 
     async def start(self) -> dict[str, Any]:
         """Start engine and graders. Returns the engine's resolved settings."""
@@ -76,10 +79,15 @@ class RolloutWorker:
         """Verify them and serve `version`; see VllmEngine.commit."""
         return await self._engine.commit(version, names, digests)
 
-    async def check_health(self) -> int:
-        """The version being served. Raises WorkerDied when the engine is gone (a dead grader shows when next used)."""
-        await self._engine.check_health()
+    async def heartbeat(self) -> int:
+        """The version being served, when the engine has been around its loop. Raises WorkerDied when it is gone."""
+        await self._engine.heartbeat()
         return self._engine.version
+
+    async def abandon(self) -> None:
+        """Give up all groups that are in the making: what they are made of is void."""
+        for task in tuple(self._groups):
+            task.cancel()
 
     async def hidden_states(self, tokens: list[int]) -> list[FloatArray]:
         """The engine's residual stream; see VllmEngine.hidden_states."""
@@ -117,17 +125,30 @@ class RolloutWorker:
 
             return generate
 
-        group = await run_group(
-            group_id,
-            problem,
-            size,
-            self._make_env(),
-            generate_for,
-            self._renderer,
-            self._config.engine.max_model_len,
+        group = await self._tracked(
+            run_group(
+                group_id,
+                problem,
+                size,
+                self._make_env(),
+                generate_for,
+                self._renderer,
+                self._config.engine.max_model_len,
+            )
         )
         metas = tuple(RolloutMeta.of(rollout) for rollout in group.rollouts)
         return GroupMeta(group_id, problem.id, self._index, metas, time.perf_counter() - start), group
+
+    async def _tracked(self, making: Coroutine[Any, Any, RolloutGroup]) -> RolloutGroup:
+        """The group, in a task that `abandon` can end."""
+        task = asyncio.ensure_future(making)
+        self._groups.add(task)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            raise WorkerFailed(f"engine {self._index}: the group was abandoned") from None
+        finally:
+            self._groups.discard(task)
 
     def _make_env(self) -> Callable[[Problem], Any]:
         return lambda problem: self._task.env(problem, self._graders.grade)

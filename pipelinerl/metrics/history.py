@@ -1,13 +1,14 @@
 """What becomes of every prompt, as the training loop tells it: written to the journal, and watched for selection."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipelinerl.config.schema import JournalConfig
 from pipelinerl.metrics.journal import Journal
 from pipelinerl.metrics.selection import SelectionAudit
-from pipelinerl.types import GroupMeta, Problem, RankBatch, StepResult
+from pipelinerl.types import FleetEvent, GroupMeta, Problem, RankBatch, StepResult
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,21 @@ class History:
         """A finished group is not trained on."""
         self.journal.dropped([group.id], reason)
         self.audit.dropped(group, reason)
+
+    def engine(self, event: FleetEvent) -> None:
+        """Something happened to an engine."""
+        if event.kind == "requeued":
+            if event.group_id is not None:
+                self.journal.requeued(event.group_id, event.text)
+        elif event.kind == "restarted":
+            self.journal.restarted(f"engine {event.engine}", event.text)
+        else:
+            self.journal.engine(event.engine, event.kind, event.text)
+
+    def trainer_restarted(self, why: str, step: int, ledger: Mapping[str, Any]) -> None:
+        """The trainer goes on after step `step`, where the prompts were as `ledger` says. What is open starts anew."""
+        self.journal.trainer_restarted(why, step, ledger)
+        self.audit.start_anew()
 
     def batch(self, step: int, groups: Sequence[GroupMeta], updates: Sequence[Sequence[RankBatch]]) -> None:
         """Step `step` begins."""

@@ -1,6 +1,6 @@
 """`journal.jsonl`: what happened to every prompt of a run, one line per event, in the order in which it happened.
 
-    started     step, resumed_from, tickets that are closed already and those to be drawn again, the configuration
+    started     step, resumed_from, how many tickets are drawn and which of them are queued, max_lag, the configuration
     admitted    ticket, problem, the version that engines serve
     requeued    ticket, reason
     generated   ticket, engine, and of each rollout reward, outcome, lengths and who sampled its tokens
@@ -8,7 +8,8 @@
     batch       step, tickets in order, how many samples each update trains on; batches/ has the tokens and their shares
     trained     step, version, applied, loss, grad_norm
     updated     version, epoch, seconds
-    restarted   what, why; of the trainer also the step it goes on from
+    restarted   what, why; of the trainer also step, drawn and queued: what came after that step is undone
+    engine      engine, state, text
     evaluated   version
     ended       code, why
 
@@ -50,16 +51,8 @@ class Journal:
         self, step: int, resumed_from: str | None, ledger: Mapping[str, Any], config: Mapping[str, Any], max_lag: int
     ) -> None:
         """A process begins, or goes on after step `step`. `ledger` as `Ledger.to_dict` gives it, `config` likewise."""
-        queued = sorted(ticket for state in ("queued", "running", "generated") for ticket in ledger[state])
-        self._append(
-            "started",
-            step=step,
-            resumed_from=resumed_from,
-            drawn=ledger["drawn"],
-            queued=queued,
-            max_lag=max_lag,
-            config=dict(config),
-        )
+        start = _start(step, ledger)
+        self._append("started", **start, resumed_from=resumed_from, max_lag=max_lag, config=dict(config))
 
     def admitted(self, ticket: int, problem_id: str, version: int) -> None:
         """`ticket` takes a place; the engines serve `version`."""
@@ -104,10 +97,17 @@ class Journal:
         """All engines serve `version`; `epoch` counts the communication groups that the updates went through."""
         self._append("updated", version=version, epoch=epoch, seconds=round(seconds, 4))
 
-    def restarted(self, what: str, why: str, step: int | None = None) -> None:
-        """A process was replaced. `step`: of the checkpoint that a trainer went back to; later steps are undone, and
-        their tickets open again."""
-        self._append("restarted", what=what, why=why, step=step)
+    def restarted(self, what: str, why: str) -> None:
+        """An engine was replaced. What it had in flight is requeued, or was."""
+        self._append("restarted", what=what, why=why)
+
+    def trainer_restarted(self, why: str, step: int, ledger: Mapping[str, Any]) -> None:
+        """The trainer was replaced and goes on after step `step`. Everything after that is undone, to `ledger`."""
+        self._append("restarted", what="trainer", why=why, **_start(step, ledger))
+
+    def engine(self, engine: int, state: str, text: str) -> None:
+        """What became of an engine."""
+        self._append("engine", engine=engine, state=state, text=text)
 
     def evaluated(self, version: int) -> None:
         self._append("evaluated", version=version)
@@ -121,6 +121,12 @@ class Journal:
 
     def _append(self, event: str, **values: Any) -> None:
         self._file.append({"event": event, "t": round(self._now(), 3), **values})
+
+
+def _start(step: int, ledger: Mapping[str, Any]) -> dict[str, Any]:
+    """The step that is done, and the tickets that are drawn already, all of them closed but the queued ones."""
+    queued = sorted(ticket for state in ("queued", "running", "generated") for ticket in ledger[state])
+    return {"step": step, "drawn": ledger["drawn"], "queued": queued}
 
 
 def _rollout(meta: RolloutMeta) -> dict[str, Any]:

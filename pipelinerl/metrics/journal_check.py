@@ -1,8 +1,8 @@
 """Does a run's journal balance? Every ticket in one state, every batch made of what was generated, no lag too large.
 
-The journal is replayed event by event. A process that is started again goes on from a checkpoint: what was trained or
-dropped after it is undone by the ledger that the checkpoint holds, and the steps are done again. A trainer that goes
-back to a checkpoint undoes the later steps only. So the later of two is what counts.
+The journal is replayed event by event. A process that is started again goes on from a checkpoint, and so does a run
+whose trainer was restarted: what was trained or dropped after it is undone, to the ledger that the checkpoint holds,
+and the steps are done again. So the later of two is what counts.
 """
 
 from collections import Counter
@@ -108,10 +108,19 @@ class _Replay:
         return self.found
 
     def _started(self, event: Mapping[str, Any]) -> None:
-        found, step, drawn, queued = self.found, event["step"], event["drawn"], set(event["queued"])
-        found.lives += 1
-        found.max_lag = event["max_lag"]
-        found.exit_code = None
+        self.found.lives += 1
+        self.found.max_lag = event["max_lag"]
+        self.found.exit_code = None
+        self._go_on(event["step"], event["drawn"], set(event["queued"]))
+
+    def _restarted(self, event: Mapping[str, Any]) -> None:
+        self.found.restarts[event["what"].split()[0]] += 1
+        if event["what"] == "trainer":
+            self._go_on(event["step"], event["drawn"], set(event["queued"]))
+
+    def _go_on(self, step: int, drawn: int, queued: set[int]) -> None:
+        """After `step`, with the ledger as it was then: `drawn` tickets, all of them closed but the queued ones."""
+        found = self.found
         self._undo_steps_after(step)
         for ticket in [ticket for ticket in found.tickets if ticket >= drawn]:
             del found.tickets[ticket]
@@ -175,26 +184,17 @@ class _Replay:
             for ticket in tickets:
                 self._move(ticket, (GENERATED,), f"trained@{step}")
 
-    def _restarted(self, event: Mapping[str, Any]) -> None:
-        self.found.restarts[event["what"].split()[0]] += 1
-        if event["step"] is not None:
-            for ticket in self._undo_steps_after(event["step"]):
-                self.found.tickets[ticket] = GENERATED
-
     def _ended(self, event: Mapping[str, Any]) -> None:
         self.found.exit_code = event["code"]
 
-    def _undo_steps_after(self, step: int) -> list[int]:
-        """Forget them; returns the tickets that they trained on, which have no state of their own now."""
-        undone = []
+    def _undo_steps_after(self, step: int) -> None:
+        """Forget them; the tickets that they trained on have no state of their own now."""
         for later in [later for later in self.found.steps if later > step]:
             for ticket in self.found.steps.pop(later):
                 if self._state(ticket) == f"trained@{later}":
                     self.found.tickets[ticket] = ""
-                    undone.append(ticket)
             del self.found.lags[later]
         self._batches.clear()
-        return undone
 
     def _move(self, ticket: int, expected: Sequence[str], state: str) -> None:
         if self._state(ticket) not in expected:

@@ -129,6 +129,10 @@ class SelectionAudit:
         """A ticket that is requeued keeps the age that it has."""
         self._running.setdefault(ticket, (version, self._now()))
 
+    def start_anew(self) -> None:
+        """Nothing is in flight any more."""
+        self._running.clear()
+
     def finished(self, group: GroupMeta, version: int) -> None:
         """All of its samples are there; the engines serve `version`."""
         if found := self._running.pop(group.id, None):

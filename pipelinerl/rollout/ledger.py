@@ -39,6 +39,11 @@ class Ledger:
         """How many were dropped, by reason."""
         return self._reasons
 
+    @property
+    def last_step(self) -> int:
+        """The newest step that any ticket was trained at; 0 before the first."""
+        return max(self._trained.values(), default=0)
+
     def state(self, ticket: int) -> str:
         """E.g. "running", "trained@3" or "dropped(errored)"."""
         if ticket in self._trained:

@@ -146,4 +146,4 @@ async def test_a_cancelled_request_leaves_the_engine_usable(fp32_engine: "Served
     with pytest.raises(asyncio.CancelledError):
         await task
     assert len((await fp32_engine.engine.generate([1, 2, 3], 0.0, 4)).tokens) > 0
-    await fp32_engine.engine.check_health()
+    await fp32_engine.engine.heartbeat()

@@ -16,8 +16,16 @@ from pipelinerl.cluster.fleet import Fleet
 from pipelinerl.cluster.remote import RemoteWorker
 from pipelinerl.cluster.trainer_group import TrainerGroup
 from pipelinerl.concurrency import Ending
-from pipelinerl.config.schema import TrainerConfig
-from pipelinerl.errors import EXIT_DONE, EnvironmentProblem, PipelineRLError, Stalled, WeightSyncError, WorkerDied
+from pipelinerl.config.schema import RunConfig, TrainerConfig
+from pipelinerl.errors import (
+    EXIT_DONE,
+    EnvironmentProblem,
+    PipelineRLError,
+    Stalled,
+    WeightSyncError,
+    WorkerDied,
+    WorkerFailed,
+)
 from pipelinerl.run_dir import new_run_dir
 from pipelinerl.types import GroupMeta, Problem, RankBatch, SampleKL, SampleRef, StepResult
 from tests.unit.fakes import SECONDS, fake_run, settle, small_config, until
@@ -30,6 +38,7 @@ class FakeWorker:
     """What fleet and trainer group see of a RemoteWorker: calls are recorded, and answered by `answer`."""
 
     answer: Callable[[str], Any] = lambda _: {}
+    killed: bool = False
     calls: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
     timeouts: dict[str, float | None] = field(default_factory=dict)
     held: asyncio.Event = field(default_factory=asyncio.Event)
@@ -37,7 +46,15 @@ class FakeWorker:
     async def call(self, method: str, *args: Any, timeout_s: float | None = None) -> Any:
         self.calls.append((method, args))
         self.timeouts[method] = timeout_s
+        if self.killed:
+            raise WorkerDied("its process died")
         answer = self.answer(method)
+        if isinstance(answer, asyncio.Event):  # stopped, not dead: it answers when it goes on
+            try:
+                await asyncio.wait_for(answer.wait(), timeout_s)
+            except TimeoutError:
+                raise Stalled(f"{method} took more than {timeout_s} s") from None
+            return {}
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -45,6 +62,8 @@ class FakeWorker:
     async def call_pair(self, method: str, *args: Any) -> tuple[Any, Any]:
         self.calls.append((method, args))
         await self.held.wait()
+        if self.killed:
+            raise WorkerDied("its process died")
         answer = self.answer(method)
         if isinstance(answer, Exception):
             raise answer
@@ -53,9 +72,51 @@ class FakeWorker:
     async def endpoint(self, timeout_s: float) -> tuple[str, int]:
         return "node-0", 4711
 
+    async def processes(self, timeout_s: float) -> str:
+        return "its children"
 
-def fleet_of(*workers: FakeWorker) -> Fleet:
-    return Fleet(workers, small_config(f"engine.count={len(workers)}"))  # type: ignore[arg-type]
+    async def sweep(self, left: Any, timeout_s: float) -> None:
+        self.calls.append(("sweep", (left,)))
+
+    async def pulse(self, timeout_s: float) -> None:
+        await self.call("pulse", timeout_s=timeout_s)
+
+    def kill(self) -> None:
+        self.killed = True
+        self.held.set()
+
+    @property
+    def groups(self) -> list[int]:
+        """The groups it was given, in order."""
+        return [args[0] for method, args in self.calls if method in ("rollout", "evaluate", "probe")]
+
+
+@dataclass
+class FakeLauncher:
+    """Gives every engine the processes that it is to have, one after the other."""
+
+    lives: list[list[FakeWorker]]
+    started: list[int] = field(default_factory=list)
+
+    def start_engine(self, index: int, config: RunConfig) -> FakeWorker:
+        self.started.append(index)
+        return self.lives[index].pop(0)
+
+    async def stop_engine(self, worker: FakeWorker) -> None:
+        worker.kill()
+
+
+async def fleet_of(*workers: FakeWorker) -> Fleet:
+    """A started fleet of engines with one life each."""
+    return await fleet_with([[worker] for worker in workers])
+
+
+async def fleet_with(lives: list[list[FakeWorker]], *overrides: str) -> Fleet:
+    """A started fleet; `lives[i]` are the processes that engine i has one after the other."""
+    config = small_config(f"engine.count={len(lives)}", "engine.heartbeat_s=0.01", *overrides)
+    fleet = Fleet(FakeLauncher(lives), config)  # type: ignore[arg-type]
+    await fleet.start()
+    return fleet
 
 
 # Fleet
@@ -63,33 +124,28 @@ def fleet_of(*workers: FakeWorker) -> Fleet:
 
 async def test_a_group_goes_to_the_engine_with_the_fewest_in_flight() -> None:
     workers = [FakeWorker() for _ in range(3)]
-    fleet = fleet_of(*workers)
+    fleet = await fleet_of(*workers)
     tasks = [asyncio.create_task(fleet.rollout(i, PROBLEM)) for i in range(5)]
     await settle()
-    assert [len(worker.calls) for worker in workers] == [2, 2, 1]
+    assert [len(worker.groups) for worker in workers] == [2, 2, 1]
     workers[1].held.set()  # its two groups finish, so the next two are its own
     await until(lambda: tasks[1].done() and tasks[4].done())
     workers[1].held.clear()
     tasks += [asyncio.create_task(fleet.rollout(i, PROBLEM)) for i in (5, 6)]
     await settle()
-    assert [len(worker.calls) for worker in workers] == [2, 4, 1]
+    assert [len(worker.groups) for worker in workers] == [2, 4, 1]
     for worker in workers:
         worker.held.set()
     assert [payload for _, payload in await asyncio.gather(*tasks)] == [f"payload {i}" for i in range(7)]
 
 
-async def test_groups_that_fail_or_are_cancelled_no_longer_count_as_load() -> None:
-    failing, idle = FakeWorker(lambda _: WorkerDied("engine 0: gone")), FakeWorker()
-    fleet = fleet_of(failing, idle)
-    failing.held.set()
-    with pytest.raises(WorkerDied):
-        await fleet.rollout(0, PROBLEM)
+async def test_groups_that_are_cancelled_no_longer_count_as_busy() -> None:
+    fleet = await fleet_of(FakeWorker(), FakeWorker())
     cancelled = [asyncio.create_task(fleet.evaluate(i, PROBLEM)) for i in range(4)]
     await settle()
     for task in cancelled:
         task.cancel()
     await asyncio.wait(cancelled)
-    assert [engine.in_flight for engine in fleet.engines] == [0, 0]
     busy = fleet.busy_s()
     await asyncio.sleep(0.01)
     assert fleet.busy_s() == busy
@@ -97,7 +153,7 @@ async def test_groups_that_fail_or_are_cancelled_no_longer_count_as_load() -> No
 
 async def test_busy_time_is_counted_while_any_engine_has_a_group() -> None:
     workers = [FakeWorker(), FakeWorker()]
-    fleet = fleet_of(*workers)
+    fleet = await fleet_of(*workers)
     assert fleet.busy_s() == 0
     first, second = (asyncio.create_task(fleet.rollout(i, PROBLEM)) for i in range(2))
     await asyncio.sleep(0.02)
@@ -114,10 +170,14 @@ async def test_busy_time_is_counted_while_any_engine_has_a_group() -> None:
     assert fleet.busy_s() == total
 
 
-async def test_one_sick_engine_makes_the_fleet_sick() -> None:
-    fleet = fleet_of(FakeWorker(lambda _: 3), FakeWorker(lambda _: WorkerDied("engine 1: gone")))
-    with pytest.raises(WorkerDied, match="engine 1"):
-        await fleet.check_health()
+async def test_an_error_that_is_no_death_ends_the_run_and_is_not_tried_again() -> None:
+    broken = WorkerFailed("engine 0: rollout raised TypeError: a bug")
+    worker = FakeWorker(lambda method: broken if method == "rollout" else {})
+    fleet = await fleet_of(worker, FakeWorker())
+    worker.held.set()
+    with pytest.raises(WorkerFailed, match="a bug"):
+        await fleet.rollout(0, PROBLEM)
+    assert not worker.killed
 
 
 # Trainer group
@@ -126,7 +186,9 @@ async def test_one_sick_engine_makes_the_fleet_sick() -> None:
 def trainer_group(*ranks: FakeWorker, sequence_parallel: int = 1) -> TrainerGroup:
     timeouts = {"step_timeout_s": 7.0, "start_timeout_s": 3.0}
     config = TrainerConfig(ranks=len(ranks), sequence_parallel=sequence_parallel, **timeouts)
-    return TrainerGroup(ranks, config)  # type: ignore[arg-type]
+    group = TrainerGroup(lambda: list(ranks), config)  # type: ignore[arg-type, return-value]
+    group._ranks = ranks  # type: ignore[assignment]  # as after setup
+    return group
 
 
 async def test_a_rank_is_sent_only_the_groups_it_trains_on() -> None:
@@ -227,10 +289,10 @@ def task_error(cause: Exception) -> Exception:
         (task_error(WeightSyncError("broke off")), WeightSyncError, r"^broke off$"),
         (
             task_error(ValueError("bad\nmore")),
-            WorkerDied,
+            WorkerFailed,
             r"engine 0: step raised ValueError: bad; see .*engine_0\.log",
         ),
-        (task_error(TimeoutError("socket")), WorkerDied, r"engine 0: step raised TimeoutError: socket; see"),
+        (task_error(TimeoutError("socket")), WorkerFailed, r"engine 0: step raised TimeoutError: socket; see"),
         (RayActorError(), WorkerDied, r"engine 0: its process died during step; see .*engine_0\.log"),
     ],
 )

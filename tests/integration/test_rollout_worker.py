@@ -94,7 +94,7 @@ async def test_a_rollout_is_a_group_of_samples_and_what_the_driver_needs_of_it(
     assert {rollout.reward for rollout in group.rollouts} == {0.0}  # a random model does not sort
     assert len({tuple(rollout.turns[0].completion.tokens.tolist()) for rollout in group.rollouts}) > 1
     assert mismatch(link, group, 0.7) < 2e-2
-    assert await worker.check_health() == 0
+    assert await worker.heartbeat() == 0
 
 
 async def test_evaluation_is_greedy(worker: "RolloutWorker") -> None:
@@ -117,7 +117,7 @@ async def test_an_update_reaches_the_rollouts(worker: "RolloutWorker", link: "Li
     meta, group = await worker.rollout(13, PROBLEM)
     assert_consistent(meta, group, version=1)
     assert mismatch(link, group, 0.7) < 2e-2
-    assert await worker.check_health() == 1
+    assert await worker.heartbeat() == 1
 
 
 async def test_after_a_failed_update_nothing_is_sampled_until_a_complete_one(
@@ -131,7 +131,7 @@ async def test_after_a_failed_update_nothing_is_sampled_until_a_complete_one(
     waiting = asyncio.create_task(worker.rollout(14, PROBLEM))
     done, _ = await asyncio.wait([waiting], timeout=1.5)
     assert not done
-    assert await worker.check_health() == 1
+    assert await worker.heartbeat() == 1
 
     disturb(link.policy, 0.01, seed=5)
     again = await Link.make(link.policy, worker, bucket_bytes=2**20)

@@ -91,7 +91,7 @@ class FakeFleet:
         self.finished: list[int] = []
         self.evaluated: list[tuple[int, str]] = []  # (version, problem)
         self.gate, self.eval_gate = Gate(), Gate()
-        self.sick: Exception | None = None  # what the next health check raises
+        self.restarted = asyncio.Event()  # an engine needs the current weights
         self.fails_at: dict[int, Exception] = {}  # group id -> what its call raises
         self.eval_fails_at: dict[int, Exception] = {}
         self.outcomes: Callable[[int], Sequence[Outcome]] = lambda _: [Outcome.OK] * group_size
@@ -119,9 +119,11 @@ class FakeFleet:
         rollout = make_rollout(float(group_id == 0), Outcome.OK, first, self.version)
         return GroupMeta(group_id, problem.id, 0, (RolloutMeta.of(rollout),), 0.01)
 
-    async def check_health(self) -> None:
-        if self.sick is not None:
-            raise self.sick
+    async def stale(self) -> None:
+        await self.restarted.wait()
+
+    def metrics(self) -> dict[str, float]:
+        return {}
 
     def busy_s(self) -> float:
         return 0.0
@@ -189,6 +191,7 @@ class FakePublisher:
             await self.gates[version].pass_through()
         await asyncio.sleep(0)
         self._fleet.version = version
+        self._fleet.restarted.clear()
         await asyncio.sleep(0)
         self.published.append(version)
         self.changed.append(changed)

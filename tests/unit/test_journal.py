@@ -12,7 +12,7 @@ from pipelinerl.loop import train
 from pipelinerl.metrics.journal import Journal
 from pipelinerl.metrics.journal_check import check_journal
 from pipelinerl.metrics.jsonl import read_lines
-from pipelinerl.types import GroupMeta, Outcome, RankBatch, RolloutMeta, SampleRef, StepResult, TurnMeta
+from pipelinerl.types import FleetEvent, GroupMeta, Outcome, RankBatch, RolloutMeta, SampleRef, StepResult, TurnMeta
 from tests.unit.fakes import FakeRun, fake_run
 
 OK, ERROR = Outcome.OK, Outcome.ENV_ERROR
@@ -215,18 +215,23 @@ def test_a_requeued_group_is_sampled_again(tmp_path: Path, again: bool) -> None:
 
 
 def test_after_a_restart_of_the_trainer_the_later_step_counts(tmp_path: Path) -> None:
+    """It goes back to step 1, after which ticket 1 was generated and ticket 2 was not drawn."""
     journal = opened(tmp_path)
-    for ticket in range(3):
-        journal.admitted(ticket, f"train/{ticket}", 0)
-        journal.generated(group(ticket, ticket // 2))
+
+    def generate(ticket: int, version: int) -> None:
+        journal.admitted(ticket, f"train/{ticket}", version)
+        journal.generated(group(ticket, version))
+
+    generate(0, 0)
+    generate(1, 0)
     for step in (1, 2):
         batch(journal, step, [step - 1])
         journal.trained(step, result(step))
+    generate(2, 1)
     batch(journal, 3, [2])
-    journal.restarted("trainer", "rank 0 died", step=1)
-    journal.requeued(1, "its payload is lost")
-    journal.generated(group(1, 0))
+    journal.trainer_restarted("rank 0 died", 1, {"drawn": 2, "queued": [], "running": [], "generated": [1]})
     for step in (2, 3):
+        generate(step - 1, 1)
         batch(journal, step, [step - 1])
         journal.trained(step, result(step))
     journal.ended(0)
@@ -234,6 +239,19 @@ def test_after_a_restart_of_the_trainer_the_later_step_counts(tmp_path: Path) ->
     assert found.balances, found.problems
     assert found.tickets == {0: "trained@1", 1: "trained@2", 2: "trained@3"}
     assert found.describe().endswith("largest lag 1, bound 1, 1 restarts")
+
+
+async def test_what_happens_to_engines_is_in_it(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, "steps=1")
+    for kind, ticket in (("lost", None), ("requeued", 0), ("requeued", None), ("restarted", None), ("healthy", None)):
+        run.history.engine(FleetEvent(kind, 1, f"engine 1: {kind}", ticket))
+    told = [{k: v for k, v in event.items() if k != "t"} for event in lines(tmp_path)[1:]]
+    assert told == [
+        {"event": "engine", "engine": 1, "state": "lost", "text": "engine 1: lost"},
+        {"event": "requeued", "ticket": 0, "reason": "engine 1: requeued"},
+        {"event": "restarted", "what": "engine 1", "why": "engine 1: restarted"},
+        {"event": "engine", "engine": 1, "state": "healthy", "text": "engine 1: healthy"},
+    ]
 
 
 def test_a_run_that_goes_on_from_another_runs_checkpoint(tmp_path: Path) -> None:

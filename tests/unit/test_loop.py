@@ -31,7 +31,12 @@ from tests.unit.fakes import (
 OK, ERROR, ABORT, TIMEOUT = Outcome.OK, Outcome.ENV_ERROR, Outcome.INFRA_ABORT, Outcome.VERIFIER_TIMEOUT
 
 # The watchdog must be the last to lose patience, or the configuration is refused.
-STALL_SOON = ("trainer.step_timeout_s=0.2", "weights.timeout_s=0.2")
+STALL_SOON = (
+    "trainer.step_timeout_s=0.2",
+    "trainer.hang_timeout_s=0.2",
+    "weights.timeout_s=0.2",
+    "engine.hang_timeout_s=0.2",
+)
 
 
 @asynccontextmanager
@@ -387,16 +392,6 @@ def trainer_dies(run: FakeRun, error: Exception) -> None:
     run.trainer.fails_at[2] = error
 
 
-def engine_is_found_dead(run: FakeRun, error: Exception) -> None:
-    run.fleet.gate.close()
-    run.fleet.sick = error
-
-
-def engine_is_found_dead_in_the_first_evaluation(run: FakeRun, error: Exception) -> None:
-    run.fleet.eval_gate.close()
-    run.fleet.sick = error
-
-
 def rollouts_cannot_be_written(run: FakeRun, error: Exception) -> None:
     def write(*_: object) -> None:
         raise error
@@ -412,8 +407,6 @@ def rollouts_cannot_be_written(run: FakeRun, error: Exception) -> None:
         engine_dies_in_a_group,
         engine_dies_in_an_evaluation,
         trainer_dies,
-        engine_is_found_dead,
-        engine_is_found_dead_in_the_first_evaluation,
         rollouts_cannot_be_written,
     ],
 )
@@ -424,10 +417,24 @@ async def test_an_error_of_any_part_surfaces_as_it_is_and_ends_the_others(
     arrange: Callable[[FakeRun, Exception], None],
     error: PipelineRLError,
 ) -> None:
-    monkeypatch.setattr(loop, "HEALTH_INTERVAL_S", 0.01)
+    monkeypatch.setattr(loop, "WATCH_INTERVAL_S", 0.01)
     run = fake_run(tmp_path)
     arrange(run, error)
     assert await error_of(run) is error
+
+
+async def test_a_restarted_engine_gets_the_current_weights_while_the_trainer_waits_for_groups(tmp_path: Path) -> None:
+    run = fake_run(tmp_path)
+    run.fleet.gate.close()
+    async with training(run) as task:
+        await until(lambda: run.fleet.gate.arrived > 0)
+        assert run.publisher.published == [0]
+        run.fleet.restarted.set()
+        await until(lambda: len(run.publisher.published) == 2)
+        assert run.publisher.published == [0, 0] and run.publisher.changed[1] is False, "what the others have already"
+        run.fleet.gate.open()
+        await task
+    assert run.trainer.done == 4
 
 
 @pytest.mark.parametrize("where", ["generation", "evaluation", "step", "update"])
@@ -456,7 +463,7 @@ async def test_cancelled_anywhere_it_leaves_nothing_running(tmp_path: Path, wher
 async def test_a_run_in_which_nothing_happens_is_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_up: str
 ) -> None:
-    monkeypatch.setattr(loop, "HEALTH_INTERVAL_S", 0.01)
+    monkeypatch.setattr(loop, "WATCH_INTERVAL_S", 0.01)
     run = fake_run(tmp_path, *STALL_SOON, "cluster.stall_timeout_s=0.3")
     gate = run.trainer.gates.setdefault(2, Gate())
     {"groups": run.fleet.gate, "step": gate, "evaluation": run.fleet.eval_gate}[held_up].close()
@@ -468,7 +475,7 @@ async def test_a_run_in_which_nothing_happens_is_ended(
 
 async def test_any_step_group_or_evaluated_problem_is_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each pause is shorter than the limit, and what comes between them is of a kind of its own."""
-    monkeypatch.setattr(loop, "HEALTH_INTERVAL_S", 0.01)
+    monkeypatch.setattr(loop, "WATCH_INTERVAL_S", 0.01)
     overrides = ["cluster.stall_timeout_s=0.75", "weights.every=4", "async.max_lag=3", "eval.at_end=false"]
     run = fake_run(tmp_path, *STALL_SOON, *overrides)
     evaluations = asyncio.Semaphore(0)

@@ -61,7 +61,7 @@ def test_after_a_restart_of_the_trainer_the_later_steps_count(tmp_path: Path) ->
     journal = life(tmp_path, 0, range(1, 4))
     journal.restarted("engine 0", "killed")
     assert read_record(tmp_path).steps_to_replay(None, None) == [1, 2, 3]
-    journal.restarted("trainer", "rank 1 died", step=1)
+    journal.trainer_restarted("rank 1 died", 1, {"drawn": 0, **EMPTY})
     assert read_record(tmp_path).steps_to_replay(None, None) == [1]
     train(journal, 2)
     assert read_record(tmp_path).steps_to_replay(None, None) == [1, 2]
