@@ -735,6 +735,11 @@ def _contradictions(config: RunConfig) -> "list[str]":
             f"trainer.micro_batch_tokens={config.trainer.micro_batch_tokens} is smaller than "
             f"engine.max_model_len={config.engine.max_model_len}: the longest sample would not fit one forward pass"
         )
+    if (config.engine.kv_max_lag or 0) > config.async_.lag_bound:
+        found.append(
+            f"engine.kv_max_lag={config.engine.kv_max_lag} is above async.max_lag={config.async_.lag_bound}: no KV in "
+            "use gets that old; lower it, or use engine.kv_policy=keep and kv_max_lag=null"
+        )
     if config.engine.cache_salt == "version" and not config.engine.prefix_caching:
         found.append("engine.cache_salt=version does nothing with engine.prefix_caching=false; use cache_salt=none")
     if config.engine.max_num_batched_tokens < config.engine.max_num_seqs:

@@ -21,8 +21,10 @@ whose KV is then newer than it is counted here.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipelinerl.config.schema import EngineConfig
 from pipelinerl.types import GroupMeta, TurnMeta
@@ -49,13 +51,25 @@ def old_context(turns: Sequence[TurnMeta]) -> OldContext:
                 made = version
             if made < version:
                 old, first = before + start - 1, before + start
-                total += old * float(np.reciprocal(np.arange(first, first + count, dtype=np.float64)).sum())
+                total += old * _sum_of_reciprocals(first, first + count)
                 largest = max(largest, old / first)
                 age_max = max(age_max, version - made)
             start += count
         tokens += start
         before += start
     return OldContext(tokens, total, largest, age_max)
+
+
+def _sum_of_reciprocals(begin: int, end: int) -> float:
+    """1/begin + ... + 1/(end - 1)."""
+    harmonic = _harmonic_numbers(1 << (end - 1).bit_length())
+    return float(harmonic[end - 1] - harmonic[begin - 1])
+
+
+@cache
+def _harmonic_numbers(count: int) -> NDArray[np.float64]:
+    """[count] from the 0th."""
+    return np.concatenate([np.zeros(1), np.cumsum(1 / np.arange(1, count, dtype=np.float64))])
 
 
 def kv_metrics(groups: Sequence[GroupMeta], engine: EngineConfig) -> dict[str, float]:

@@ -24,7 +24,7 @@ knows, so they are not compared.
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +35,7 @@ from pipelinerl.types import GroupMeta
 ALPHA = 1e-4  # per step and quantity
 LEAST = 0.05
 ON_PURPOSE = ("zero_variance",)
+QUANTITIES = ("length", "reward")
 
 Values = NDArray[np.float64]
 
@@ -57,10 +58,48 @@ class Resolved:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
-    """Of one quantity; n and m count groups."""
+class Sides:
+    """One quantity of some resolved groups: the values that were trained on, the others, and of how many groups."""
 
-    distance: float  # D of trained and resolved; 0 when nothing was left out
+    used: Values
+    left_out: Values
+    groups_used: int
+    groups_left_out: int
+
+    @classmethod
+    def of(cls, groups: Sequence[Resolved], quantity: str) -> "Sides":
+        """`quantity`: "length" or "reward"."""
+        used: list[float] = []
+        left_out: list[float] = []
+        groups_used = groups_left_out = 0
+        for group in groups:
+            values = group.rewards if quantity == "reward" else group.lengths
+            scored = [v for v, reward in zip(values, group.rewards, strict=True) if math.isfinite(reward)]
+            others = [v for v, r in zip(values, group.rewards, strict=True) if not math.isfinite(r)]
+            ours, theirs = ([], scored) if group.reason else (scored, [])
+            if quantity == "length":
+                theirs = theirs + others
+            used += ours
+            left_out += theirs
+            groups_used += bool(ours)
+            groups_left_out += bool(theirs)
+        return cls(np.array(used, np.float64), np.array(left_out, np.float64), groups_used, groups_left_out)
+
+    @classmethod
+    def together(cls, parts: Sequence["Sides"]) -> "Sides":
+        return cls(
+            np.concatenate([np.zeros(0), *(part.used for part in parts)]),
+            np.concatenate([np.zeros(0), *(part.left_out for part in parts)]),
+            sum(part.groups_used for part in parts),
+            sum(part.groups_left_out for part in parts),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The values that were trained on, against all that are resolved."""
+
+    distance: float  # D; 0 when there is nothing to compare
     limit: float  # inf when there is nothing to compare
     trained_mean: float
     resolved_mean: float
@@ -88,26 +127,33 @@ def ks_limit(n: int, m: int, alpha: float = ALPHA) -> float:
     return math.sqrt(-math.log(alpha / 2) / 2) * math.sqrt((n + m) / (n * m))
 
 
-def compare(groups: Sequence[Resolved], quantity: str) -> Comparison:
-    """The trained samples against all resolved ones. `quantity`: "length" or "reward"."""
-    trained, left_out, groups_trained, groups_left_out = [], [], 0, 0
-    for group in groups:
-        values = [
-            (float(length) if quantity == "length" else reward, math.isfinite(reward))
-            for length, reward in zip(group.lengths, group.rewards, strict=True)
-        ]
-        used = [value for value, scored in values if scored and not group.reason]
-        unused = [v for v, scored in values if (group.reason or not scored) and (scored or quantity == "length")]
-        trained += used
-        left_out += unused
-        groups_trained += bool(used)
-        groups_left_out += bool(unused)
-    ours, all_ = np.array(trained), np.array(trained + left_out)
-    if not trained or not left_out:
-        mean = float(ours.mean()) if trained else math.nan
-        return Comparison(0.0, math.inf, mean, float(all_.mean()) if len(all_) else math.nan)
-    limit = ks_limit(groups_trained, groups_left_out) * len(left_out) / len(all_)
-    return Comparison(ks_distance(ours, all_), limit, float(ours.mean()), float(all_.mean()))
+def compare(sides: Sides) -> Comparison:
+    """How far what was trained on is from all of it."""
+    ours, everything = sides.used, np.concatenate([sides.used, sides.left_out])
+    means = (float(ours.mean()) if len(ours) else math.nan, float(everything.mean()) if len(everything) else math.nan)
+    if not len(ours) or not len(sides.left_out):
+        return Comparison(0.0, math.inf, *means)
+    share = len(sides.left_out) / len(everything)
+    return Comparison(ks_distance(ours, everything), ks_limit(sides.groups_used, sides.groups_left_out) * share, *means)
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What was resolved in one step, by quantity."""
+
+    unasked: Mapping[str, Sides]
+    on_purpose: Mapping[str, Sides]  # all of it left out
+    samples: int
+    left_out: int
+
+    @classmethod
+    def of(cls, groups: Sequence[Resolved]) -> "_Step":
+        asked = [group for group in groups if group.reason in ON_PURPOSE]
+        unasked = [group for group in groups if group.reason not in ON_PURPOSE]
+        samples = sum(len(group.lengths) for group in groups)
+        used = sum(sum(map(math.isfinite, group.rewards)) for group in groups if not group.reason)
+        judged, shown = ({q: Sides.of(part, q) for q in QUANTITIES} for part in (unasked, asked))
+        return cls(judged, shown, samples, samples - used)
 
 
 class SelectionAudit:
@@ -120,7 +166,8 @@ class SelectionAudit:
 
     def __init__(self, window: int, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
-        self._window: deque[list[Resolved]] = deque([[]], maxlen=window)
+        self._resolved: list[Resolved] = []  # since the last step
+        self._window: deque[_Step] = deque(maxlen=window)
         self._running: dict[int, tuple[int, float]] = {}  # ticket -> version and time of its admission
         self._finished: deque[list[tuple[int, float]]] = deque([[]], maxlen=window)  # versions and seconds they took
         self._reported: set[str] = set()
@@ -139,22 +186,25 @@ class SelectionAudit:
             self._finished[-1].append((version - found[0], self._now() - found[1]))
 
     def trained(self, groups: Sequence[GroupMeta]) -> None:
-        self._window[-1] += [Resolved.of(group) for group in groups]
+        self._resolved += [Resolved.of(group) for group in groups]
 
     def dropped(self, group: GroupMeta, reason: str) -> None:
-        self._window[-1].append(Resolved.of(group, reason))
+        self._resolved.append(Resolved.of(group, reason))
 
     def step(self, version: int) -> tuple[dict[str, float], list[str]]:
         """At the end of a step: its metrics, and a message for each quantity that begins to part with it.
 
         version: that the engines serve.
         """
-        groups = [group for step in self._window for group in step]
-        unasked = [group for group in groups if group.reason not in ON_PURPOSE]
-        metrics = {"selection/left_out": _left_out(groups)}
-        messages: list[str] = []
-        for quantity in ("length", "reward"):
-            found, judged = compare(groups, quantity), compare(unasked, quantity)
+        self._window.append(_Step.of(self._resolved))
+        self._resolved = []
+        left_out = sum(step.left_out for step in self._window) / max(1, sum(step.samples for step in self._window))
+        metrics, messages = {"selection/left_out": left_out}, list[str]()
+        for quantity in QUANTITIES:
+            unasked = Sides.together([step.unasked[quantity] for step in self._window])
+            on_purpose = Sides.together([step.on_purpose[quantity] for step in self._window])
+            judged = compare(unasked)
+            found = compare(Sides.together([unasked, on_purpose])) if len(on_purpose.left_out) else judged
             metrics |= {
                 f"selection/{quantity}_distance": found.distance,
                 f"selection/{quantity}_trained_mean": found.trained_mean,
@@ -164,7 +214,6 @@ class SelectionAudit:
                 metrics[f"selection/{quantity}_limit"] = judged.limit
             messages += self._begun(quantity, judged)
         metrics |= self._ages(version)
-        self._window.append([])
         self._finished.append([])
         return metrics, messages
 
@@ -190,10 +239,3 @@ class SelectionAudit:
                 metrics[f"selection/{name}_age_max"] = float(max(age for age, _ in ages))
                 metrics[f"selection/{name}_s_max"] = max(seconds for _, seconds in ages)
         return metrics
-
-
-def _left_out(groups: Sequence[Resolved]) -> float:
-    """The fraction of resolved samples that were not trained on; nan when there are none."""
-    total = sum(len(group.lengths) for group in groups)
-    used = sum(sum(map(math.isfinite, group.rewards)) for group in groups if not group.reason)
-    return 1 - used / total if total else math.nan

@@ -23,6 +23,7 @@ FIXES: Mapping[str, Any] = {
     "engine.generation_config": "vllm",
     "engine.update_pause": "keep",
     "engine.kv_policy": "keep",
+    "engine.kv_max_lag": None,
     "model.head_dtype": "float32",
 }
 

@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelinerl.metrics.selection import LEAST, Resolved, SelectionAudit, compare, ks_distance, ks_limit
+from pipelinerl.metrics.selection import (
+    LEAST,
+    Comparison,
+    Resolved,
+    SelectionAudit,
+    Sides,
+    compare,
+    ks_distance,
+    ks_limit,
+)
 from pipelinerl.types import GroupMeta, Outcome, RolloutMeta
 
 OK, ERROR = Outcome.OK, Outcome.ENV_ERROR
@@ -15,6 +24,10 @@ OK, ERROR = Outcome.OK, Outcome.ENV_ERROR
 
 def resolved(lengths: list[int], reason: str = "", rewards: list[float] | None = None) -> Resolved:
     return Resolved(tuple(lengths), tuple(rewards or [1.0] * len(lengths)), reason)
+
+
+def compared(groups: list[Resolved], quantity: str) -> Comparison:
+    return compare(Sides.of(groups, quantity))
 
 
 def test_the_statistic_by_hand() -> None:
@@ -48,14 +61,14 @@ def test_order_and_side_do_not_matter(a: np.ndarray, b: np.ndarray) -> None:
 
 
 def test_when_nothing_is_left_out_nothing_can_part() -> None:
-    found = compare([resolved([1, 2]), resolved([9, 9])], "length")
+    found = compared([resolved([1, 2]), resolved([9, 9])], "length")
     assert (found.distance, found.limit, found.parted) == (0.0, math.inf, False)
     assert found.trained_mean == found.resolved_mean == 5.25
 
 
 def test_the_lengths_of_samples_without_a_score_count_and_their_rewards_do_not() -> None:
     groups = [resolved([1, 9], rewards=[1.0, math.nan]), resolved([2, 2], rewards=[0.0, 1.0])]
-    lengths, rewards = compare(groups, "length"), compare(groups, "reward")
+    lengths, rewards = compared(groups, "length"), compared(groups, "reward")
     assert (lengths.trained_mean, lengths.resolved_mean) == (5 / 3, 3.5)
     assert lengths.distance == pytest.approx(1 / 4)
     assert (rewards.distance, rewards.resolved_mean) == (0.0, 2 / 3)
@@ -73,10 +86,10 @@ def drops(rng: np.random.Generator, biased: bool) -> list[Resolved]:
 
 def test_random_drops_part_rarely_and_drops_of_long_groups_surely() -> None:
     rng = np.random.default_rng(0)
-    found = [compare(drops(rng, biased=False), "length") for _ in range(300)]
+    found = [compared(drops(rng, biased=False), "length") for _ in range(300)]
     assert not any(one.parted for one in found)
     assert max(one.distance for one in found) > 0.02, "they do differ"
-    assert all(compare(drops(rng, biased=True), "length").parted for _ in range(20))
+    assert all(compared(drops(rng, biased=True), "length").parted for _ in range(20))
 
 
 def test_samples_of_a_group_are_alike_so_groups_are_counted() -> None:
@@ -87,7 +100,7 @@ def test_samples_of_a_group_are_alike_so_groups_are_counted() -> None:
         groups = [
             resolved([length] * 16, "errored" if rng.random() < 0.25 else "") for length in rng.integers(1, 999, 60)
         ]
-        found = compare(groups, "length")
+        found = compared(groups, "length")
         assert not found.parted
         false_alarms += found.distance > found.limit / math.sqrt(16)
     assert false_alarms > 3
