@@ -27,6 +27,7 @@ COMMANDS = {
     "replay": Command(
         "pipelinerl.commands.replay:main", "do the recorded steps of a run again and compare every number"
     ),
+    "eval": Command("pipelinerl.commands.eval:main", "evaluate a model on the held-out problems of a task"),
     "make-tiny": Command("pipelinerl.tiny.make:main", "make the tiny models of the quickstart"),
 }
 

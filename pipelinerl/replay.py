@@ -28,7 +28,7 @@ from pipelinerl.metrics.journal import FILE_NAME as JOURNAL
 from pipelinerl.metrics.jsonl import read_lines
 from pipelinerl.metrics.log import FILE_NAME as METRICS
 from pipelinerl.metrics.log import read_metrics
-from pipelinerl.session import open_trainer, until_done_or_signal
+from pipelinerl.session import open_session, until_done_or_signal
 
 EXIT_DIFFERENT = 1
 NOT_COMPARED = "perf/"  # times
@@ -113,7 +113,8 @@ async def _replay(run_dir: Path, config: RunConfig, steps: list[int], start: Pat
     logged = {record["step"]: record for record in read_metrics(run_dir / METRICS) if record["kind"] == "train"}
     if start is not None:
         verify(start)
-    async with open_trainer(config, run_dir / "replay", _say) as trainer:
+    async with open_session(config, run_dir / "replay", _say, engines=False) as session:
+        trainer = session.trainer
         if start is not None:
             await trainer.restore(str(start.resolve()))
         _say(f"replaying steps {steps[0]} to {steps[-1]} from {start or config.model.path}")

@@ -43,18 +43,18 @@ class RayCluster:
         for which in (signal.SIGINT, signal.SIGTERM):
             signal.signal(which, signal.getsignal(which))
 
-    async def reserve(self, backend: str, engines: bool = True) -> None:
+    async def reserve(self, backend: str, engines: bool = True, trainer: bool = True) -> None:
         """Reserve what all processes need. Raises EnvironmentProblem that says what the cluster lacks.
 
-        `backend` is that of the weight transport, which engines are told when they start; without `engines`, the
-        trainer has the cluster for itself.
+        `backend` is that of the weight transport, which engines are told when they start. Without `engines`, or without
+        `trainer`, there are none of those.
         """
         self._backend = backend
         cpus = ray.cluster_resources().get("CPU", 1.0)
-        self._trainer_bundles, self._engine_bundles = bundles(self._config, self._device, cpus)
+        trainer_bundles, engine_bundles = bundles(self._config, self._device, cpus)
+        self._trainer_bundles, self._engine_bundles = trainer_bundles * trainer, engine_bundles * engines
         self._trainer_group = await _reserve(self._trainer_bundles, "PACK")
-        if engines:
-            self._engine_group = await _reserve(self._engine_bundles, "SPREAD")
+        self._engine_group = await _reserve(self._engine_bundles, "SPREAD")
 
     def start_ranks(self) -> list[RemoteWorker]:
         """Start the processes of all trainer ranks in their places."""
@@ -136,6 +136,8 @@ def _init_ray(config: RunConfig) -> None:
 
 
 async def _reserve(wanted: list[Bundle], strategy: str) -> Any:
+    if not wanted:
+        return None
     group = placement_group([bundle.resources() for bundle in wanted], strategy=strategy)
     try:
         async with asyncio.timeout(PLACEMENT_TIMEOUT_S):

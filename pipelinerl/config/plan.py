@@ -135,6 +135,7 @@ def _run_rows(plan: Plan) -> Rows:
         task += f" {config.task.path}{'' if Path(config.task.path).is_file() else ' (not here)'}"
     versions = plan.eval_versions
     shown = ", ".join(map(str, versions)) if len(versions) <= 6 else f"{versions[0]}, {versions[1]}, ... {versions[-1]}"
+    by = ", beside training on one more engine" if config.eval.engine == "dedicated" else ""
     return [
         ("run directory", config.run_dir or f"outputs/{config.name}-<time>"),
         ("model", f"{config.model.path} in {config.model.dtype}"),
@@ -142,7 +143,7 @@ def _run_rows(plan: Plan) -> Rows:
         ("steps", f"{config.steps:,} at lr {config.trainer.lr:g}"),
         ("checkpoints", _checkpoints(config)),
         ("recorded batches", _recorded(plan)),
-        ("evaluations", f"{len(versions)} (at version {shown})" if versions else "none"),
+        ("evaluations", f"{len(versions)} (at version {shown}){by}" if versions else "none"),
     ]
 
 

@@ -10,7 +10,7 @@
     updated     version, epoch, seconds
     restarted   what, why; of the trainer also step, drawn and queued: what came after that step is undone
     engine      engine, state, text
-    evaluated   version
+    evaluated   version; on an engine of its own, where that has begun
     ended       code, why
 
 Every line has `event` and `t`, seconds since the epoch. A rollout is an object like
@@ -110,6 +110,7 @@ class Journal:
         self._append("engine", engine=engine, state=state, text=text)
 
     def evaluated(self, version: int) -> None:
+        """The held-out problems were given to engines that serve `version`."""
         self._append("evaluated", version=version)
 
     def ended(self, code: int, why: str = "") -> None:
