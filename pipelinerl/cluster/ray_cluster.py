@@ -152,8 +152,6 @@ def _init_ray(config: RunConfig) -> None:
 async def _reserve(wanted: list[Bundle], strategy: str) -> Any:
     if not wanted:
         return None
-    if not wanted:
-        return None
     group = placement_group([bundle.resources() for bundle in wanted], strategy=strategy)
     try:
         async with asyncio.timeout(PLACEMENT_TIMEOUT_S):

@@ -474,7 +474,14 @@ class EngineConfig(Section):
     update_pause: Literal["keep", "wait", "abort"] = Field(
         "keep", description="fix 3: what a weight update does to running requests"
     )
-    update_clear_cache: bool = Field(False, description="fix 3: whether a weight update recomputes the KV cache")
+    kv_policy: Literal["keep", "recompute", "recompute_at_lag"] = Field(
+        "keep",
+        description="fix 3: what a weight update does to the KV of running sequences; recompute: made anew by the new "
+        "weights; recompute_at_lag: only when some of it is kv_max_lag versions old",
+    )
+    kv_max_lag: PositiveInt | None = Field(
+        None, description="optimizer steps; with kv_policy=recompute_at_lag all KV in use is younger than this"
+    )
 
     start_timeout_s: PositiveFloat = 600.0
     heartbeat_s: PositiveFloat = Field(2.0, description="seconds between two heartbeats of an engine")
@@ -491,6 +498,16 @@ class EngineConfig(Section):
     def _enough_engines(self) -> "EngineConfig":
         if self.min_count > self.count:
             raise ValueError(f"min_count={self.min_count} is more than count={self.count}")
+        return self
+
+    @model_validator(mode="after")
+    def _kv_lag_is_for_its_policy(self) -> "EngineConfig":
+        if self.kv_policy == "recompute_at_lag" and self.kv_max_lag is None:
+            raise ValueError("kv_policy=recompute_at_lag needs kv_max_lag, the age in steps that KV never reaches")
+        if self.kv_policy != "recompute_at_lag" and self.kv_max_lag is not None:
+            raise ValueError(
+                f"kv_max_lag={self.kv_max_lag} does nothing with kv_policy={self.kv_policy}; use recompute_at_lag"
+            )
         return self
 
 
@@ -682,6 +699,20 @@ class WandbConfig(Section):
     entity: str | None = None
 
 
+class JournalConfig(Section):
+    """journal.jsonl, which is always written, and batches/: what a run can be checked against and replayed from."""
+
+    batches: bool = Field(
+        True,
+        description="write what every trainer rank trains on to batches/, for pipelinerl replay: 4 bytes a token and 4 "
+        "more for a sampled one, never pruned",
+    )
+    selection: Literal["stop", "warn", "off"] = Field(
+        "warn", description="when trained samples part from generated ones in length or reward; stop: exit 5"
+    )
+    selection_window: PositiveInt = Field(16, description="optimizer steps that are compared")
+
+
 class MetricsConfig(Section):
     """metrics.jsonl is always written; W&B, console and plots mirror it and can fail without stopping the run."""
 
@@ -721,6 +752,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     cluster: ClusterConfig = ClusterConfig()
     metrics: MetricsConfig = MetricsConfig()
+    journal: JournalConfig = JournalConfig()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "RunConfig":
@@ -766,6 +798,11 @@ def _contradictions(config: RunConfig) -> "list[str]":
         found.append(
             f"trainer.micro_batch_tokens={config.trainer.micro_batch_tokens} is smaller than "
             f"engine.max_model_len={config.engine.max_model_len}: the longest sample would not fit one forward pass"
+        )
+    if (config.engine.kv_max_lag or 0) > config.async_.lag_bound:
+        found.append(
+            f"engine.kv_max_lag={config.engine.kv_max_lag} is above async.max_lag={config.async_.lag_bound}: no KV in "
+            "use gets that old; lower it, or use engine.kv_policy=keep and kv_max_lag=null"
         )
     if config.engine.cache_salt == "version" and not config.engine.prefix_caching:
         found.append("engine.cache_salt=version does nothing with engine.prefix_caching=false; use cache_salt=none")
