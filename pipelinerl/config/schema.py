@@ -421,7 +421,8 @@ class EngineConfig(Section):
     """
 
     count: PositiveInt = Field(1, description="engines")
-    tensor_parallel: PositiveInt = 1
+    tensor_parallel: PositiveInt = Field(1, description="workers that share every layer of an engine")
+    pipeline_parallel: PositiveInt = Field(1, description="workers that share the layers of an engine; GPU only")
     max_model_len: PositiveInt = Field(4096, description="prompt and completion together, tokens")
     max_num_seqs: PositiveInt = Field(256, description="sequences that decode together")
     max_num_batched_tokens: PositiveInt = Field(8192, description="tokens in one engine step")
@@ -454,6 +455,11 @@ class EngineConfig(Section):
     update_clear_cache: bool = Field(False, description="fix 3: whether a weight update recomputes the KV cache")
 
     start_timeout_s: PositiveFloat = 600.0
+
+    @property
+    def workers(self) -> int:
+        """Processes of one engine that hold a part of the model, each with a GPU of its own where there are GPUs."""
+        return self.tensor_parallel * self.pipeline_parallel
 
 
 class LoraConfig(Section):
@@ -503,7 +509,9 @@ class TrainerConfig(Section):
 class WeightsConfig(Section):
     """How and when new weights reach the engines."""
 
-    backend: Literal["auto", "gloo", "nccl"] = Field("auto", description="auto: gloo on CPU, nccl on GPU")
+    backend: Literal["auto", "gloo", "nccl", "ipc"] = Field(
+        "auto", description="auto: gloo on CPU, nccl between GPUs, ipc where trainer and engine share the only GPU"
+    )
     every: PositiveInt = Field(1, description="optimizer steps between two updates")
     bucket_mb: PositiveInt = Field(256, description="size of one broadcast")
     timeout_s: PositiveFloat = Field(120.0, description="for one whole update")
@@ -554,6 +562,7 @@ class ClusterConfig(Section):
     address: str = Field("local", description="local starts a Ray cluster for this run; otherwise one to join")
     num_cpus: PositiveInt | None = Field(None, description="of a local cluster; null = all cores")
     object_store_mb: Annotated[int, Field(ge=80)] | None = Field(None, description="of a local cluster")
+    placement_timeout_s: PositiveFloat = Field(60.0, description="to wait for room for all processes (else exit 3)")
     stall_timeout_s: PositiveFloat = Field(3600.0, description="stop (exit 4) when nothing finished for so long")
 
 
@@ -690,8 +699,16 @@ def _contradictions(config: RunConfig) -> "list[str]":
             f"engine.max_num_batched_tokens={config.engine.max_num_batched_tokens} is smaller than "
             f"engine.max_num_seqs={config.engine.max_num_seqs}"
         )
-    if config.cluster.device == "cpu" and config.weights.backend == "nccl":
-        found.append("weights.backend=nccl needs GPUs, cluster.device=cpu has none; use weights.backend=auto")
+    if config.cluster.device == "cpu" and config.weights.backend in ("nccl", "ipc"):
+        found.append(
+            f"weights.backend={config.weights.backend} needs GPUs, cluster.device=cpu has none; "
+            "use weights.backend=auto"
+        )
+    if config.cluster.device == "cpu" and config.engine.pipeline_parallel > 1:
+        found.append(
+            f"engine.pipeline_parallel={config.engine.pipeline_parallel} with cluster.device=cpu: the CPU engine has "
+            "no pipeline stages; use engine.pipeline_parallel=1, and tensor_parallel to use more cores"
+        )
     if config.cluster.device == "cuda" and config.weights.backend == "gloo":
         found.append("weights.backend=gloo is the CPU transport, cluster.device=cuda wants nccl; use backend=auto")
     if config.cluster.device == "cpu":
