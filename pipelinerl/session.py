@@ -18,7 +18,7 @@ from pipelinerl.cluster.fleet import Fleet
 from pipelinerl.cluster.ray_cluster import RayCluster
 from pipelinerl.cluster.trainer_group import TrainerGroup
 from pipelinerl.concurrency import Ending
-from pipelinerl.config.device import Device, resolve_backend, resolve_device
+from pipelinerl.config.device import Device, resolve_backend
 from pipelinerl.config.schema import RunConfig
 from pipelinerl.errors import EXIT_SIGINT, EXIT_SIGTERM, PipelineRLError
 from pipelinerl.weights.publisher import Publisher
@@ -95,19 +95,21 @@ class Session:
 @asynccontextmanager
 async def open_session(config: RunConfig, run_dir: Path, status: Callable[[str], None]) -> AsyncIterator[Session]:
     """Start everything, with logs below `run_dir`; `status` is told what is being waited for."""
-    device = resolve_device(config)
-    backend = resolve_backend(config, device)
-    cluster = RayCluster(config, run_dir, device)
+    cluster = RayCluster(config, run_dir)
     try:
         status(f"run directory {run_dir}; starting Ray")
         await cluster.start()
+        placement = await cluster.reserve()
+        device = cluster.device
+        backend = resolve_backend(config, device, placement.shares_gpu)
         status("starting engines and trainer")
-        trainer_ranks, rollout_workers = await cluster.place_workers(backend)
+        trainer_ranks, rollout_workers = cluster.start_workers(backend)
         fleet, trainer = Fleet(rollout_workers, config), TrainerGroup(trainer_ranks, config.trainer)
         engine_settings, trainer_settings = await asyncio.gather(fleet.start(), trainer.setup())
         settings = {
             "device": device,
             "weights_backend": backend,
+            "placement": {process.name: process.node.name for process in placement.processes},
             "engines": engine_settings,
             "trainer": trainer_settings,
         }
@@ -119,7 +121,7 @@ async def open_session(config: RunConfig, run_dir: Path, status: Callable[[str],
 
 
 async def _connected(trainer: TrainerGroup, fleet: Fleet, config: RunConfig, backend: str) -> Publisher:
-    publisher = Publisher(trainer, fleet.engines, config.weights, backend, config.engine.tensor_parallel)
+    publisher = Publisher(trainer, fleet.engines, config.weights, backend, config.engine.workers)
     await publisher.connect()
     return publisher
 

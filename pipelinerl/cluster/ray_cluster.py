@@ -8,28 +8,32 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group
+from ray.exceptions import AuthenticationError
 
-from pipelinerl.cluster.placement import Bundle, bundles
+from pipelinerl.cluster.placement import Placement
 from pipelinerl.cluster.remote import RemoteWorker
+from pipelinerl.cluster.reservation import Seat, check_nodes, cluster_inventory, reserve
+from pipelinerl.config.device import Device, resolve_device
+from pipelinerl.config.preflight import local_inputs
 from pipelinerl.config.schema import RunConfig
 from pipelinerl.errors import EnvironmentProblem, first_line
 
-PLACEMENT_TIMEOUT_S = 60.0
 CLOSE_TIMEOUT_S = 40.0
+# What workers on other nodes take over from the driver's environment, but for secrets: it is visible in the cluster.
+FORWARDED = ("HF_", "TRANSFORMERS_", "NCCL_", "GLOO_", "VLLM_", "TORCH_", "PYTORCH_", "PYTHONPATH")
+SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 
 
 class RayCluster:
-    """The processes of one run."""
+    """The processes of one run. Its life: `start`, `reserve`, `start_workers`, `close`."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, device: str):
+    def __init__(self, config: RunConfig, run_dir: Path):
         self._config = config
         self._logs = (run_dir / "logs").resolve()
-        self._device = device
         self._workers: list[RemoteWorker] = []
-        self._engine_bundles: list[Bundle] = []
-        self._engine_group: Any = None
+        self._seats: list[Seat] = []  # trainer ranks first, as in the placement
         self._started: asyncio.Task[None] | None = None
+        self.device: Device = "cpu"  # decided by `reserve`
 
     async def start(self) -> None:
         """Start a local cluster, or join the one at `cluster.address`."""
@@ -40,22 +44,31 @@ class RayCluster:
         for which in (signal.SIGINT, signal.SIGTERM):
             signal.signal(which, signal.getsignal(which))
 
-    async def place_workers(self, backend: str) -> tuple[list[RemoteWorker], list[RemoteWorker]]:
-        """Reserve what all processes need, then start them. Returns (trainer ranks, rollout workers).
+    async def reserve(self) -> Placement:
+        """Decide who sits where and reserve what all processes need.
 
-        Raises EnvironmentProblem that says what the cluster lacks.
+        Raises EnvironmentProblem that says what the cluster or one of its nodes lacks.
         """
         config = self._config
-        trainer_bundles, engine_bundles = bundles(config, self._device, ray.cluster_resources().get("CPU", 1.0))
-        trainer_group = await _reserve(trainer_bundles, "PACK")
-        engine_group = await _reserve(engine_bundles, "SPREAD")
+        local = config.cluster.address == "local"
+        gpus = None if local else (await asyncio.to_thread(cluster_inventory, free=False)).gpus
+        self.device = resolve_device(config, gpus)
+        placement, self._seats = await reserve(config, self.device)
+        if not local:
+            self._logs.mkdir(parents=True, exist_ok=True)
+            timeout_s = config.cluster.placement_timeout_s
+            await asyncio.to_thread(check_nodes, placement, self._logs, local_inputs(config), _forwarded(), timeout_s)
+        return placement
+
+    def start_workers(self, backend: str) -> tuple[list[RemoteWorker], list[RemoteWorker]]:
+        """Start every process in its place. Returns (trainer ranks, rollout workers)."""
+        target = "pipelinerl.trainer.worker:TrainerWorker"
         trainers = [
-            self._start(bundle, i, trainer_group, "pipelinerl.trainer.worker:TrainerWorker", (config, i, self._device))
-            for i, bundle in enumerate(trainer_bundles)
+            self._start(seat, target, (self._config, seat.process.index, self.device))
+            for seat in self._seats
+            if seat.process.role == "trainer rank"
         ]
-        self._engine_bundles, self._engine_group = engine_bundles, engine_group
-        engines = self._start_engines(config, backend)
-        return trainers, engines
+        return trainers, self._start_engines(self._config, backend)
 
     async def replace_engines(self, config: RunConfig, backend: str) -> list[RemoteWorker]:
         """Stop all rollout workers and start new ones in their places, with the engine settings of `config`."""
@@ -76,22 +89,25 @@ class RayCluster:
     def _start_engines(self, config: RunConfig, backend: str) -> list[RemoteWorker]:
         target = "pipelinerl.engine.worker:RolloutWorker"
         return [
-            self._start(bundle, i, self._engine_group, target, (config, i, backend), is_async=True)
-            for i, bundle in enumerate(self._engine_bundles)
+            self._start(seat, target, (config, seat.process.index, backend), is_async=True)
+            for seat in self._seats
+            if seat.process.role == "engine"
         ]
 
-    def _start(
-        self, bundle: Bundle, index: int, group: Any, target: str, args: tuple[Any, ...], is_async: bool = False
-    ) -> RemoteWorker:
+    def _start(self, seat: Seat, target: str, args: tuple[Any, ...], is_async: bool = False) -> RemoteWorker:
+        process = seat.process
+        env = _worker_env(self.device, args[0], is_trainer=not is_async)
+        if self._config.cluster.address != "local":
+            env = _forwarded() | env
         worker = RemoteWorker.start(
-            bundle.name,
+            process.name,
             target,
             args,
-            log_path=self._logs / f"{bundle.name.replace(' ', '_')}.log",
-            bundle=index,
-            group=group,
-            resources=bundle.resources(),
-            env=_worker_env(self._device, args[0], is_trainer=not is_async),
+            log_path=self._logs / f"{process.name.replace(' ', '_')}.log",
+            bundle=seat.bundle,
+            group=seat.group,
+            resources=process.resources(),
+            env=env,
             is_async=is_async,
         )
         self._workers.append(worker)
@@ -126,26 +142,28 @@ def _init_ray(config: RunConfig) -> None:
         except Exception as error:  # Ray raises a bare one when its processes do not come up in time
             raise EnvironmentProblem(f"Ray did not start on this machine: {first_line(error)}") from error
         return
+    common.pop("include_dashboard")
     try:
-        common.pop("include_dashboard")
         ray.init(address=cluster.address, **common)
+    except AuthenticationError as error:
+        raise EnvironmentProblem(f"cluster.address={cluster.address}: {_TOKEN_HINT} ({first_line(error)})") from error
     except ConnectionError as error:
         raise EnvironmentProblem(f"cluster.address={cluster.address}: no Ray cluster there ({error})") from error
 
 
-async def _reserve(wanted: list[Bundle], strategy: str) -> Any:
-    group = placement_group([bundle.resources() for bundle in wanted], strategy=strategy)
-    try:
-        async with asyncio.timeout(PLACEMENT_TIMEOUT_S):
-            await group.ready()
-    except TimeoutError:
-        need = {key: sum(b.resources().get(key, 0.0) for b in wanted) for key in ("CPU", "GPU")}
-        free = {key: ray.available_resources().get(key, 0.0) for key in ("CPU", "GPU")}
-        raise EnvironmentProblem(
-            f"no room for {', '.join(b.name for b in wanted)} within {PLACEMENT_TIMEOUT_S:.0f} s: "
-            f"needs {need}, the cluster has {free} free"
-        ) from None
-    return group
+_TOKEN_HINT = (
+    "the cluster did not take this token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the "
+    "token of the cluster"
+)
+
+
+def _forwarded() -> dict[str, str]:
+    """The part of the driver's environment that workers on other nodes need too."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(FORWARDED) and not any(part in name for part in SECRET)
+    }
 
 
 def _worker_env(device: str, config: RunConfig, is_trainer: bool) -> dict[str, str]:
@@ -158,7 +176,7 @@ def _worker_env(device: str, config: RunConfig, is_trainer: bool) -> dict[str, s
         env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         if not (is_trainer and config.trainer.compile):
             env["TORCHDYNAMO_DISABLE"] = "1"
-        if engine.tensor_parallel == 1:
+        if engine.workers == 1:
             env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the worker runs inside the engine core's process
         else:
             env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else every worker wants a NUMA node of its own

@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -28,6 +29,7 @@ class _Host:
 
     def __init__(self, target: str, log_path: str, args: tuple[Any, ...]):
         _log_to(Path(log_path))
+        _talk_over_the_nodes_interface()
         module, _, name = target.partition(":")
         self._worker = getattr(import_module(module), name)(*args)
 
@@ -117,6 +119,14 @@ class RemoteWorker:
             raise WorkerDied(f"{self.name}: its process died during {method}; see {self._log_path}") from error
         except TimeoutError:
             raise Stalled(f"{self.name}: {method} took more than {timeout_s:g} s; see {self._log_path}") from None
+
+
+def _talk_over_the_nodes_interface() -> None:
+    """Have gloo use the network interface that carries the node's address, not what the host name happens to mean."""
+    address = ray.util.get_node_ip_address()
+    for interface, addresses in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
 def _log_to(path: Path) -> None:

@@ -13,7 +13,6 @@ from pipelinerl.config.inventory import Inventory, Node, uniform
 from pipelinerl.config.schema import RunConfig
 from tests.unit.fakes import small_config
 
-
 BASE = small_config("cluster.device=auto")
 
 
