@@ -10,7 +10,7 @@ that never holds its scores. With h = hidden, m = inner width of the MLP, a and 
 d = size of a head, b = bytes of a value:
 
     two norms           2 h (4 + 2 b)           input in fp32; normalised input and output, which the projections keep
-    attention           2 b d (a + k)           queries and output; keys and values
+    attention           b d (3 a + 2 k)         queries, output, and what the projection reads; keys and values
     MLP                 4 b m                   gate, up, activated gate, and the product that the last projection keeps
 
 All layers keep theirs; with gradient checkpointing a layer keeps its input (b h) and one at a time all the rest.
@@ -119,7 +119,7 @@ def kv_tokens(config: RunConfig, size: Footprint, need: Need) -> int | None:
 def layer_activations(shape: Shape, width: int) -> int:
     """Bytes that one decoder layer keeps of a token for the backward pass, values having `width` bytes."""
     norms = 2 * shape.hidden * (4 + 2 * width)
-    attention = 2 * width * shape.head_dim * (shape.heads + shape.kv_heads)
+    attention = width * shape.head_dim * (3 * shape.heads + 2 * shape.kv_heads)
     return norms + attention + 4 * width * shape.mlp
 
 
