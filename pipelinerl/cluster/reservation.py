@@ -26,6 +26,7 @@ from pipelinerl.errors import EnvironmentProblem, first_line
 
 NODE_LABEL = "ray.io/node-id"
 RETRY_S = 1.0
+ELSEWHERE_S = 10.0  # after which another place is looked for, where somebody was quicker
 MARKER = ".driver"  # a file in the log directory by which a node tells that it sees the driver's
 
 
@@ -61,16 +62,18 @@ async def reserve(config: RunConfig, device: Device) -> tuple[Placement, list[Se
 
     Raises: EnvironmentProblem that says what is missing.
     """
-    patience = config.cluster.placement_timeout_s
-    deadline = time.monotonic() + patience
+    cluster = config.cluster
+    own = cluster.address == "local"
+    deadline = time.monotonic() + cluster.placement_timeout_s
     while True:
-        placement = place(config, await asyncio.to_thread(cluster_inventory, free=True), device)
+        placement = place(config, await asyncio.to_thread(cluster_inventory, free=not own), device)
         if not placement.problems:
-            group = await _reserved(placement, deadline - time.monotonic())
+            left = deadline - time.monotonic()
+            group = await _reserved(placement, left if own else min(left, ELSEWHERE_S))
             if group is not None:
                 return placement, [Seat(process, group, i) for i, process in enumerate(placement.processes)]
         # A cluster of our own has all it will ever have; another may be starting up, or be busy with an earlier run.
-        if config.cluster.address == "local" or time.monotonic() + RETRY_S > deadline:
+        if own or time.monotonic() + RETRY_S > deadline:
             raise EnvironmentProblem("\n".join(_no_room(config, placement)))
         await asyncio.sleep(RETRY_S)
 
@@ -132,15 +135,15 @@ def _probe(logs: str, driver: str, inputs: list[str]) -> list[str]:
     return problems + [f"{path} is not there; it must be on storage that all nodes share" for path in missing]
 
 
-async def _reserved(placement: Placement, timeout_s: float) -> Any:
-    """The group, or None when it could not be had in time: somebody else took the room meanwhile."""
+async def _reserved(placement: Placement, patience_s: float) -> Any:
+    """The group, or None when it was not to be had for so long: somebody else took the room meanwhile."""
     group = placement_group(
         [process.resources() for process in placement.processes],
         strategy="PACK",  # the selectors leave no choice
         bundle_label_selector=[{NODE_LABEL: process.node.id} for process in placement.processes],
     )
     try:
-        async with asyncio.timeout(min(max(timeout_s, RETRY_S), 10 * RETRY_S)):
+        async with asyncio.timeout(max(RETRY_S, patience_s)):
             await group.ready()
     except TimeoutError:
         remove_placement_group(group)
