@@ -47,8 +47,9 @@ def engine_args(config: RunConfig, backend: str, seed: int) -> AsyncEngineArgs:
         trust_remote_code=False,
         seed=seed,
         tensor_parallel_size=engine.tensor_parallel,
+        pipeline_parallel_size=engine.pipeline_parallel,
         # Inside a Ray actor vLLM would have Ray place the workers; they belong beside it, on the GPUs of its bundle.
-        distributed_executor_backend="mp" if engine.tensor_parallel > 1 else None,
+        distributed_executor_backend="mp" if engine.workers > 1 else None,
         max_model_len=engine.max_model_len,
         max_num_seqs=engine.max_num_seqs,
         max_num_batched_tokens=engine.max_num_batched_tokens,
@@ -83,6 +84,7 @@ def resolved_settings(config: VllmConfig) -> dict[str, Any]:
         "max_num_seqs": config.scheduler_config.max_num_seqs,
         "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
         "tensor_parallel": config.parallel_config.tensor_parallel_size,
+        "pipeline_parallel": config.parallel_config.pipeline_parallel_size,
         "enforce_eager": bool(config.model_config.enforce_eager),
         "seed": config.model_config.seed,
         "v2_model_runner": bool(config.use_v2_model_runner),
