@@ -22,6 +22,8 @@ IntArray = NDArray[np.int32]
 FloatArray = NDArray[np.float32]
 BoolArray = NDArray[np.bool_]
 
+LAG_BUCKETS = 9  # of metrics by the lag of a token: lag 0 to 7, and 8 or more
+
 
 class Outcome(StrEnum):
     """How an episode ended. Only a scored outcome carries a reward that means something."""

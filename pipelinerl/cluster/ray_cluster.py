@@ -17,6 +17,7 @@ from pipelinerl.errors import EnvironmentProblem, first_line
 
 PLACEMENT_TIMEOUT_S = 60.0
 CLOSE_TIMEOUT_S = 40.0
+START_ATTEMPTS = 2
 
 
 class RayCluster:
@@ -112,6 +113,8 @@ def _init_ray(config: RunConfig) -> None:
     cluster = config.cluster
     # A failed call has two results, of which the driver awaits one; Ray would print the traceback of the other.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+    # Ray would start a worker per core at once; ours have an environment of their own and cannot use those.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     common: dict[str, Any] = {
         "include_dashboard": False,
         "log_to_driver": False,
@@ -121,16 +124,27 @@ def _init_ray(config: RunConfig) -> None:
     if cluster.address == "local":
         memory = None if cluster.object_store_mb is None else cluster.object_store_mb * 2**20
         # "local" in so many words: a plain init would join any cluster that a stale file in the temp folder names.
-        try:
-            ray.init(address="local", num_cpus=cluster.num_cpus, object_store_memory=memory, **common)
-        except Exception as error:  # Ray raises a bare one when its processes do not come up in time
-            raise EnvironmentProblem(f"Ray did not start on this machine: {first_line(error)}") from error
+        _start_local(num_cpus=cluster.num_cpus, object_store_memory=memory, **common)
         return
     try:
         common.pop("include_dashboard")
         ray.init(address=cluster.address, **common)
     except ConnectionError as error:
         raise EnvironmentProblem(f"cluster.address={cluster.address}: no Ray cluster there ({error})") from error
+
+
+def _start_local(**options: Any) -> None:
+    """Start a cluster on this machine. Ray gives its processes 30 s, too few on a very busy one: the second attempt
+    finds what they load in memory."""
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            ray.init(address="local", **options)
+            return
+        except Exception as error:  # Ray raises a bare one when its processes do not come up in time
+            ray.shutdown()
+            if attempt == START_ATTEMPTS:
+                raise EnvironmentProblem(f"Ray did not start on this machine: {first_line(error)}") from error
+            logging.getLogger(__name__).warning("Ray did not start, trying again: %s", first_line(error))
 
 
 async def _reserve(wanted: list[Bundle], strategy: str) -> Any:
