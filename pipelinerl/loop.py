@@ -104,6 +104,7 @@ class Run:
     trainer_is_free: asyncio.Lock = field(default_factory=asyncio.Lock)  # between its steps, and what belongs to them
     unpublished: list[StepResult] = field(default_factory=list)  # of the steps since the last weight update
     last_progress: float = field(default_factory=time.monotonic)
+    last_update: tuple[int, float] = field(default_factory=lambda: (0, time.monotonic()))  # version, when it was done
 
     def resume(self, state: DriverState) -> None:
         """Go on where the run was whose state this is. The buffer has got its part of it."""
@@ -231,6 +232,7 @@ async def publish(run: Run) -> dict[str, float]:
     run.unpublished.clear()
     await run.buffer.published(run.version)
     run.last_progress = time.monotonic()
+    run.last_update = (run.version, run.last_progress)
     return metrics
 
 

@@ -32,6 +32,7 @@ class Outcome(StrEnum):
     TRUNCATED = "truncated"  # ran into the token limit; scored on what there is
     ENV_ERROR = "env_error"  # the environment or the grader raised
     VERIFIER_TIMEOUT = "verifier_timeout"  # grading exceeded its time and was killed
+    PROMPT_TOO_LONG = "prompt_too_long"  # engine.max_model_len has no room for a completion; nothing was sampled
     INFRA_ABORT = "infra_abort"  # the engine gave the request up
 
     @property

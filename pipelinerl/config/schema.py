@@ -77,6 +77,9 @@ class GradingConfig(Section):
 
     processes: PositiveInt = Field(1, description="grader processes per rollout worker")
     timeout_s: PositiveFloat = Field(10.0, description="per completion; beyond it the outcome is verifier_timeout")
+    memory_mb: Annotated[int, Field(ge=128)] = Field(
+        2048, description="address space of a grader process; beyond it the outcome is env_error"
+    )
 
 
 class BatchConfig(Section):

@@ -6,7 +6,10 @@ Importing it registers the gloo transport too, before the worker makes its trans
 import pipelinerl.weights.gloo  # noqa: F401  registers the transport
 from pipelinerl.engine.hidden_states import HiddenStatesWorker
 from pipelinerl.engine.seeded import SeededWorker
+from pipelinerl.stacks import answer_as_told
 from pipelinerl.weights.canary import CanaryWorker
+
+answer_as_told("worker of an engine")
 
 
 class WorkerExtension(CanaryWorker, HiddenStatesWorker, SeededWorker):
