@@ -6,6 +6,7 @@
 
     train   consumes the groups of a step      waits for  buffer.take         unblocked by  fill
     fill    consumes problems and places       waits for  buffer.admit        unblocked by  train (published)
+    land    consumes updates under way         waits for  engines to serve    unblocked by  the publisher
     refit   consumes restarted engines         waits for  the trainer         unblocked by  train (between two steps)
     watch   consumes nothing                   waits for  time                ends the run when nothing is finished
     finish  consumes snapshots                 waits for  the ranks' writers  unblocked by  the disk
@@ -18,9 +19,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
-
-import numpy as np
 
 from pipelinerl.checkpoint.driver_state import DriverState
 from pipelinerl.checkpoint.saver import Saver
@@ -33,6 +33,8 @@ from pipelinerl.metrics.records import group_metrics
 from pipelinerl.metrics.rollouts import RolloutWriter
 from pipelinerl.parity.alarm import Alarm
 from pipelinerl.rollout.buffer import GroupBuffer
+from pipelinerl.rollout.dedicated import DedicatedEvaluations
+from pipelinerl.rollout.evaluate import Evaluator
 from pipelinerl.tasks.base import Task
 from pipelinerl.tasks.stream import ProblemStream
 from pipelinerl.types import FleetEvent, FloatArray, GroupMeta, Problem, RankBatch, SampleKL, StepResult
@@ -51,6 +53,8 @@ class Rollouts(Protocol):
     async def stale(self) -> None:
         """Wait until an engine needs the current weights."""
 
+    evaluator_joins: bool  # whether the engine that only evaluates, if there is one, is in the next update
+
     def busy_s(self) -> float: ...
 
     def metrics(self) -> dict[str, float]: ...
@@ -67,7 +71,8 @@ class Trainer(Protocol):
 class WeightPublisher(Protocol):
     """Weight updates, as the loop uses them."""
 
-    async def publish(self, version: int, changed: bool | None = None) -> dict[str, float]: ...
+    async def begin(self, version: int, changed: bool | None = None) -> asyncio.Task[dict[str, float]]:
+        """Return when the trainer may change its weights again. The task ends when the engines serve `version`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +99,7 @@ class Run:
     saver: Saver
     start: int = 0  # steps that were done before
     alarm: Alarm | None = None
+    dedicated: DedicatedEvaluations | None = None  # with eval.engine=dedicated
     tell: Callable[[str], None] = print  # a line for the person who watches
     ending: Ending = field(default_factory=Ending)
     generated_tokens: int = 0
@@ -103,6 +109,8 @@ class Run:
     version: int = 0  # of the trainer's weights
     trainer_is_free: asyncio.Lock = field(default_factory=asyncio.Lock)  # between its steps, and what belongs to them
     unpublished: list[StepResult] = field(default_factory=list)  # of the steps since the last weight update
+    landing: asyncio.Queue[tuple[int, asyncio.Task[dict[str, float]]]] = field(default_factory=asyncio.Queue)
+    sync: dict[str, float] = field(default_factory=dict)  # metrics of the last update that is not logged yet
     last_progress: float = field(default_factory=time.monotonic)
     last_update: tuple[int, float] = field(default_factory=lambda: (0, time.monotonic()))  # version, when it was done
 
@@ -130,8 +138,9 @@ class Run:
 
 async def train(run: Run) -> None:
     """prompt -> rollouts -> group -> advantages -> packed batch -> loss -> step -> broadcast -> engines."""
-    async with background(watch(run), run.saver.finish()):
-        await run.publisher.publish(run.start)
+    dedicated = [run.dedicated.finish()] if run.dedicated else []
+    async with background(watch(run), run.saver.finish(), land(run), *dedicated):
+        await publish(run, first=True)
         if run.start == 0:
             await evaluate(run, version=0)
         async with background(fill(run), refit(run)):
@@ -145,15 +154,19 @@ async def train(run: Run) -> None:
                         write_rollouts(run, step, groups, batches.advantages),
                     )
                     settle(run, step, groups, result)
-                    sync = await publish(run) if update_is_due(run, step) else {}
-                metrics = meter.stop(run, groups, result) | batches.metrics | sync
+                    if update_is_due(run, step):
+                        await publish(run)
+                metrics = meter.stop(run, groups, result) | batches.metrics | news_of_updates(run)
                 run.log.log("train", step, metrics)
                 check_skipped(run, result)
                 check_parity(run, step, result)
                 await save(run, step, metrics | await evaluate(run, version=step))
                 if run.ending.wished:
                     break
+        await landed(run)
         await run.saver.all_done()
+        if run.dedicated is not None:
+            await run.dedicated.all_done()
 
 
 async def fill(run: Run) -> None:
@@ -210,6 +223,42 @@ async def watch(run: Run) -> None:
             )
 
 
+def update_is_due(run: Run, step: int) -> bool:
+    return step % run.config.weights.every == 0 or step == run.config.steps
+
+
+async def publish(run: Run, first: bool = False) -> None:
+    """Begin to bring the trainer's weights to the engines. The trainer is free to change them when this returns."""
+    await landed(run)
+    run.fleet.evaluator_joins = run.dedicated is not None and run.dedicated.joins(run.version)
+    update = await run.publisher.begin(run.version, None if first else weights_changed(run.unpublished))
+    run.unpublished.clear()
+    run.landing.put_nowait((run.version, update))
+    if run.config.weights.sync_mode == "blocking":
+        await landed(run)
+
+
+async def land(run: Run) -> None:
+    """Let the groups start that an update admits, once it has reached the engines."""
+    while True:
+        version, update = await run.landing.get()
+        run.sync = await update
+        await run.buffer.published(version)
+        run.last_progress = time.monotonic()
+        run.landing.task_done()
+
+
+async def landed(run: Run) -> None:
+    """Wait until the engines serve what was published."""
+    await run.landing.join()
+
+
+def news_of_updates(run: Run) -> dict[str, float]:
+    """`sync/*` of the newest update that has landed and was not reported: `sync/version` says which one it is."""
+    news, run.sync = run.sync, {}
+    return news
+
+
 async def refit(run: Run) -> None:
     """Bring the current weights to engines that were restarted, also while the trainer waits for groups.
 
@@ -219,6 +268,7 @@ async def refit(run: Run) -> None:
         await run.fleet.stale()
         async with run.trainer_is_free:
             await publish(run)
+<<<<<<< HEAD
         await asyncio.sleep(0)
 
 
@@ -234,6 +284,9 @@ async def publish(run: Run) -> dict[str, float]:
     run.last_progress = time.monotonic()
     run.last_update = (run.version, run.last_progress)
     return metrics
+=======
+        await landed(run)
+>>>>>>> main
 
 
 def weights_changed(steps: Sequence[StepResult]) -> bool | None:
@@ -245,27 +298,18 @@ def weights_changed(steps: Sequence[StepResult]) -> bool | None:
 
 
 async def evaluate(run: Run, version: int) -> dict[str, float]:
-    """Accuracy on the held-out problems when it is due. No update happens meanwhile, so it is that of one version."""
+    """Measure the held-out problems when it is due. No update happens meanwhile, so it is that of one version.
+
+    With an engine of its own it only begins here, but for the last version: then all other engines are free.
+    """
+    assert (run.dedicated is None) == (run.config.eval.engine == "shared"), run.config.eval.engine
     if version not in eval_versions(run.config):
         return {}
-    problems = run.task.problems("eval")
-    if not problems:  # the task holds none out
+    await landed(run)
+    if run.dedicated is not None and version < run.config.steps:
+        run.dedicated.begin(version)
         return {}
-    metas = await together(*(solve(run, i, problem) for i, problem in enumerate(problems)))
-    rollouts = [rollout for meta in metas for rollout in meta.rollouts]
-    versions = {v for rollout in rollouts for v in rollout.tokens_by_version}
-    assert versions <= {version}, f"evaluation of version {version} sampled from {versions}"
-    scored = [rollout.reward for rollout in rollouts if rollout.outcome.scored]
-    name = f"eval/{run.task.name}"
-    values = {
-        f"{name}/problems": float(len(problems)),
-        f"{name}/errored": float(len(rollouts) - len(scored)),
-        f"{name}/tokens_mean": float(np.mean([rollout.completion_len for rollout in rollouts])),
-    }
-    if scored:
-        values[f"{name}/accuracy"] = float(np.mean(scored))
-    run.log.log("eval", version, values)
-    return values
+    return await Evaluator(run.config.eval, run.task, partial(solve, run), run.log).evaluate(version)
 
 
 async def solve(run: Run, index: int, problem: Problem) -> GroupMeta:

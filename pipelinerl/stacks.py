@@ -13,6 +13,8 @@ import socket
 from pathlib import Path
 from typing import TextIO
 
+import psutil
+
 SIGNAL = signal.SIGUSR2
 FOLDER = "stacks"  # of the files, among the logs of a run
 FOLDER_VARIABLE = "PIPELINERL_STACKS"  # tells processes that others start for us where their file belongs
@@ -27,7 +29,8 @@ def answer_stack_requests(folder: Path, name: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     host, pid = socket.gethostname(), os.getpid()
     _file = (folder / f"{host}-{pid}.txt").open("w")
-    _file.write(json.dumps({"name": name, "host": host, "pid": pid}) + "\n")
+    who = {"name": name, "host": host, "pid": pid, "created": psutil.Process().create_time()}  # a pid is used again
+    _file.write(json.dumps(who) + "\n")
     _file.flush()
     os.environ[FOLDER_VARIABLE] = str(folder)
     _answering = pid

@@ -82,9 +82,10 @@ def _ask(path: Path) -> _Asked:
         return asked
     try:
         process = psutil.Process(who["pid"])
-        if process.status() == psutil.STATUS_ZOMBIE or process.create_time() > path.stat().st_ctime + POLL_S:
-            raise psutil.NoSuchProcess(who["pid"])  # another one has the number now
-        os.kill(who["pid"], SIGNAL)
+        if process.status() == psutil.STATUS_ZOMBIE or process.create_time() != who["created"]:
+            asked.state = "gone"  # another one may have the number now: SIGNAL would end it
+        else:
+            os.kill(who["pid"], SIGNAL)
     except (psutil.NoSuchProcess, ProcessLookupError):
         asked.state = "gone"
     return asked

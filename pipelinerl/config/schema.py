@@ -528,6 +528,11 @@ class WeightsConfig(Section):
 
     backend: Literal["auto", "gloo", "nccl"] = Field("auto", description="auto: gloo on CPU, nccl on GPU")
     every: PositiveInt = Field(1, description="optimizer steps between two updates")
+    sync_mode: Literal["overlap", "blocking"] = Field(
+        "overlap",
+        description="overlap: the next step begins when the transport has a copy of the weights; blocking: when the "
+        "engines serve them",
+    )
     bucket_mb: PositiveInt = Field(256, description="size of one broadcast")
     timeout_s: PositiveFloat = Field(120.0, description="for one whole update")
 
@@ -561,7 +566,15 @@ class EvalConfig(Section):
     at_end: bool = True
     every: NonNegativeInt = Field(0, description="optimizer steps between evaluations; 0 = only start and end")
     temperature: Annotated[float, Field(ge=0, le=2.0)] = Field(0.0, description="0 = greedy")
-    samples: PositiveInt = Field(1, description="completions per problem")
+    samples: PositiveInt = Field(1, description="completions per problem; the largest k of pass@k")
+    pass_reward: Annotated[float, Field(allow_inf_nan=False)] = Field(
+        1.0, description="a completion with at least this reward passes"
+    )
+    engine: Literal["shared", "dedicated"] = Field(
+        "shared",
+        description="shared: by the engines that sample for training, no update happens meanwhile; dedicated: by one "
+        "more engine, while training goes on",
+    )
 
     @model_validator(mode="after")
     def _greedy_once(self) -> "EvalConfig":
@@ -678,6 +691,11 @@ class RunConfig(Section):
             raise ValueError("\n".join(problems))
         return self
 
+    @property
+    def engines(self) -> int:
+        """Engines of a training run: those that sample for training, and the one that only evaluates."""
+        return self.engine.count + int(self.eval.engine == "dedicated")
+
     def dump(self) -> dict[str, Any]:
         """The whole configuration as plain data, keys as the user writes them."""
         return self.model_dump(mode="json", by_alias=True)
@@ -748,6 +766,7 @@ def _contradictions(config: RunConfig) -> "list[str]":
     found += _share_contradictions(config)
     found += _reward_contradictions(config)
     found += _offload_contradictions(config)
+    found += _evaluation_contradictions(config)
     for key, limit in (
         ("trainer.step_timeout_s", config.trainer.step_timeout_s),
         ("weights.timeout_s", config.weights.timeout_s),
@@ -826,5 +845,23 @@ def _offload_contradictions(config: RunConfig) -> "list[str]":
         found.append(
             f"trainer.offload_optimizer=true with trainer.zero_stage={trainer.zero_stage} and model.dtype=bfloat16: "
             "DeepSpeed then adds up gradients in bfloat16 and skips every step after a non-finite one; use zero_stage=3"
+        )
+    return found
+
+
+def _evaluation_contradictions(config: RunConfig) -> "list[str]":
+    """An engine for evaluations that has nothing to do, or whose results come too late."""
+    evaluation, saved, found = config.eval, config.checkpoint, []
+    if evaluation.engine == "shared":
+        return []
+    if not evaluation.at_start and not 0 < evaluation.every < config.steps:
+        found.append(
+            f"eval.engine=dedicated with eval.at_start=false and eval.every={evaluation.every}: no evaluation is due "
+            "while training goes on, and the last version is evaluated by all engines; use eval.engine=shared"
+        )
+    if saved.every and saved.keep_best and saved.best_metric.startswith("eval/"):
+        found.append(
+            f"checkpoint.best_metric={saved.best_metric} with eval.engine=dedicated: the evaluation of a step ends "
+            "after its checkpoint was made; use eval.engine=shared, or a metric of training"
         )
     return found

@@ -90,6 +90,7 @@ class FakeFleet:
         self.finished: list[int] = []
         self.evaluated: list[tuple[int, str]] = []  # (version, problem)
         self.gate, self.eval_gate = Gate(), Gate()
+        self.evaluator_joins = False
         self.restarted = asyncio.Event()  # an engine needs the current weights
         self.fails_at: dict[int, Exception] = {}  # group id -> what its call raises
         self.eval_fails_at: dict[int, Exception] = {}
@@ -184,6 +185,9 @@ class FakePublisher:
         self.published: list[int] = []
         self.changed: list[bool | None] = []  # what each publication was expected to bring
         self.gates: dict[int, Gate] = {}
+
+    async def begin(self, version: int, changed: bool | None = None) -> asyncio.Task[dict[str, float]]:
+        return asyncio.create_task(self.publish(version, changed))
 
     async def publish(self, version: int, changed: bool | None = None) -> dict[str, float]:
         if version in self.gates:

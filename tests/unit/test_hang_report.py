@@ -89,9 +89,8 @@ def test_a_number_that_another_process_has_now_is_not_signalled(tmp_path: Path) 
     folder.mkdir(parents=True)
     stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
-        path = folder / "old.txt"
-        path.write_text(json.dumps({"name": "old", "host": os.uname().nodename, "pid": stranger.pid}) + "\n")
-        os.utime(path, (1e9, 1e9))
+        who = {"name": "old", "host": os.uname().nodename, "pid": stranger.pid, "created": 1e9}
+        (folder / "old.txt").write_text(json.dumps(who) + "\n")
         report = write_hang_report(tmp_path, {}, timeout_s=0.2)
         assert "(gone)" in (report / "stacks.txt").read_text()
         assert stranger.poll() is None

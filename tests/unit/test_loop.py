@@ -76,7 +76,7 @@ def trained_ids(run: FakeRun) -> list[list[int]]:
 
 
 async def test_steps_train_on_groups_in_order_of_admission_and_each_is_published(tmp_path: Path) -> None:
-    run = fake_run(tmp_path)
+    run = fake_run(tmp_path, "weights.sync_mode=blocking")
     await finish(run)
     assert trained_ids(run) == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert run.publisher.published == [0, 1, 2, 3, 4]
@@ -88,15 +88,37 @@ async def test_steps_train_on_groups_in_order_of_admission_and_each_is_published
     ]
 
 
+@pytest.mark.parametrize("mode", ["overlap", "blocking"])
+async def test_the_next_step_does_not_wait_for_the_engines_unless_told_to(tmp_path: Path, mode: str) -> None:
+    run = fake_run(tmp_path, f"weights.sync_mode={mode}")
+    on_its_way = run.publisher.gates[1] = Gate()
+    on_its_way.close()
+    async with training(run) as task:
+        await until(lambda: on_its_way.arrived > 0)
+        await settle()
+        assert run.trainer.done == (2 if mode == "overlap" else 1), (
+            "one update at a time: step 2 waits to publish its own"
+        )
+        assert run.publisher.published == [0]
+        assert max(run.fleet.started) == 5, "version 1 admits nothing before it is served: 3 steps of 2 groups at lag 2"
+        on_its_way.open()
+        await task
+    assert run.publisher.published == [0, 1, 2, 3, 4]
+    reported = [int(line["sync/version"]) for line in lines(run, "train") if "sync/version" in line]
+    assert reported == sorted(set(reported)), "each at most once, in order"
+
+
 @pytest.mark.parametrize(("every", "published"), [(2, [0, 2, 4, 5]), (3, [0, 3, 5]), (9, [0, 5])])
 async def test_weights_are_published_every_k_steps_and_after_the_last(
     tmp_path: Path, every: int, published: list[int]
 ) -> None:
-    run = fake_run(tmp_path, "steps=5", f"weights.every={every}", f"async.max_lag={every}")
+    run = fake_run(
+        tmp_path, "steps=5", f"weights.every={every}", f"async.max_lag={every}", "weights.sync_mode=blocking"
+    )
     await finish(run)
     assert run.publisher.published == published
-    with_update = [line["step"] for line in lines(run, "train") if "sync/version" in line]
-    assert with_update == published[1:]
+    with_update = [(line["step"], line["sync/version"]) for line in lines(run, "train") if "sync/version" in line]
+    assert with_update[0] == (1, 0) and with_update[1:] == [(step, step) for step in published[1:]]
 
 
 LR_0, NO_GRADIENT = {"optim/lr": 0.0}, {"optim/grad_norm": 0.0}
