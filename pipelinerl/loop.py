@@ -245,6 +245,7 @@ async def land(run: Run) -> None:
         run.sync = await update
         await run.buffer.published(version)
         run.last_progress = time.monotonic()
+        run.last_update = (version, run.last_progress)
         run.landing.task_done()
 
 
@@ -268,25 +269,7 @@ async def refit(run: Run) -> None:
         await run.fleet.stale()
         async with run.trainer_is_free:
             await publish(run)
-<<<<<<< HEAD
-        await asyncio.sleep(0)
-
-
-def update_is_due(run: Run, step: int) -> bool:
-    return step % run.config.weights.every == 0 or step == run.config.steps
-
-
-async def publish(run: Run) -> dict[str, float]:
-    """Bring the trainer's weights to the engines, and let the groups they admit start."""
-    metrics = await run.publisher.publish(run.version, weights_changed(run.unpublished))
-    run.unpublished.clear()
-    await run.buffer.published(run.version)
-    run.last_progress = time.monotonic()
-    run.last_update = (run.version, run.last_progress)
-    return metrics
-=======
         await landed(run)
->>>>>>> main
 
 
 def weights_changed(steps: Sequence[StepResult]) -> bool | None:
