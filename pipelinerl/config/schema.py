@@ -772,6 +772,9 @@ def _contradictions(config: RunConfig) -> "list[str]":
         ("weights.timeout_s", config.weights.timeout_s),
         ("engine.hang_timeout_s", config.engine.hang_timeout_s),
         ("trainer.hang_timeout_s", config.trainer.hang_timeout_s),
+        ("engine.start_timeout_s", config.engine.start_timeout_s),  # of a restart
+        ("trainer.start_timeout_s", config.trainer.start_timeout_s),
+        ("grading.timeout_s", config.grading.timeout_s),
     ):
         if limit >= config.cluster.stall_timeout_s:
             found.append(

@@ -214,6 +214,10 @@ CONTRADICTIONS = [
     (["cluster.address=auto"], "cluster.object_store_mb=256 is for a local cluster"),
     (["weights.backend=nccl"], "weights.backend=nccl needs GPUs, cluster.device=cpu has none"),
     (["weights.every=4"], "async.max_lag=2 with weights.every=4"),
+    *(
+        ([f"{key}=5000"], f"{key}=5000 is not below cluster.stall_timeout_s=3600")
+        for key in ("grading.timeout_s", "engine.start_timeout_s", "trainer.start_timeout_s", "weights.timeout_s")
+    ),
     # one importance ratio, counted once
     (
         ["algo.correction.tis_token=2"],

@@ -36,6 +36,9 @@ STALL_SOON = (
     "trainer.hang_timeout_s=0.2",
     "weights.timeout_s=0.2",
     "engine.hang_timeout_s=0.2",
+    "engine.start_timeout_s=0.2",
+    "trainer.start_timeout_s=0.2",
+    "grading.timeout_s=0.2",
 )
 
 
