@@ -24,10 +24,9 @@ async def test_a_stall_is_reported_with_what_the_driver_knows(tmp_path: Path, mo
     hangs = HangReports(tmp_path, said.append)
     hangs.run = run = fake_run(tmp_path, *STALL_SOON, "cluster.stall_timeout_s=0.3")
     run.fleet.gate.close()
-    with hangs.on_signal():
-        with pytest.raises(Stalled):
-            async with hangs.on_stall():
-                await train(run)
+    with hangs.on_signal(), pytest.raises(Stalled):
+        async with hangs.on_stall():
+            await train(run)
     report = tmp_path / "hang_report" / "1"
     assert len(said) == 1 and str(report) in said[0] and "cluster.stall_timeout_s" in said[0]
     facts = json.loads((report / "facts.json").read_text())
