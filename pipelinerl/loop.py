@@ -122,6 +122,7 @@ class Run:
     landing: asyncio.Queue[tuple[int, asyncio.Task[dict[str, float]]]] = field(default_factory=asyncio.Queue)
     sync: dict[str, float] = field(default_factory=dict)  # metrics of the last update that is not logged yet
     last_progress: float = field(default_factory=time.monotonic)
+    last_update: tuple[int, float] = field(default_factory=lambda: (0, time.monotonic()))  # version, when it was done
 
     def resume(self, state: DriverState) -> None:
         """Go on where the run was whose state this is. The buffer has got its part of it."""
@@ -268,6 +269,7 @@ async def land(run: Run) -> None:
         run.history.journal.updated(version, int(run.sync.get("sync/epoch", 0)), time.perf_counter() - start)
         await run.buffer.published(version)
         run.last_progress = time.monotonic()
+        run.last_update = (version, run.last_progress)
         run.landing.task_done()
 
 

@@ -79,11 +79,14 @@ def step_values(
 def why_unusable(group: GroupMeta, config: RunConfig) -> str | None:
     """The reason for which a finished group is replaced, under which it is counted; None when it is trained on.
 
-    "errored": fewer than two scored completions, so no baseline. "zero_variance", with `batch.zero_variance=refill`:
-    its trained rewards are all equal; with gdpo, those of each component are.
+    "prompt_too_long": no completion has room. "errored": fewer than two scored completions, so no baseline.
+    "zero_variance", with `batch.zero_variance=refill`: its trained rewards are all equal; with gdpo, those of each
+    component are.
 
     Raises: DataError as `make_batches`.
     """
+    if all(rollout.outcome is Outcome.PROMPT_TOO_LONG for rollout in group.rollouts):
+        return "prompt_too_long"
     if group.scored < 2:
         return "errored"
     if config.batch.zero_variance == "refill":

@@ -23,6 +23,7 @@ CLOSE_TIMEOUT_S = 40.0
 # What workers on other nodes take over from the driver's environment, but for secrets: it is visible in the cluster.
 FORWARDED = ("HF_", "TRANSFORMERS_", "NCCL_", "GLOO_", "VLLM_", "TORCH_", "PYTORCH_", "PYTHONPATH")
 SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
+START_ATTEMPTS = 2
 
 
 class RayCluster:
@@ -140,6 +141,8 @@ def _init_ray(config: RunConfig) -> None:
     cluster = config.cluster
     # A failed call has two results, of which the driver awaits one; Ray would print the traceback of the other.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+    # Ray would start a worker per core at once; ours have an environment of their own and cannot use those.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     common: dict[str, Any] = {
         "include_dashboard": False,
         "log_to_driver": False,
@@ -149,10 +152,7 @@ def _init_ray(config: RunConfig) -> None:
     if cluster.address == "local":
         memory = None if cluster.object_store_mb is None else cluster.object_store_mb * 2**20
         # "local" in so many words: a plain init would join any cluster that a stale file in the temp folder names.
-        try:
-            ray.init(address="local", num_cpus=cluster.num_cpus, object_store_memory=memory, **common)
-        except Exception as error:  # Ray raises a bare one when its processes do not come up in time
-            raise EnvironmentProblem(f"Ray did not start on this machine: {first_line(error)}") from error
+        _start_local(num_cpus=cluster.num_cpus, object_store_memory=memory, **common)
         return
     common.pop("include_dashboard")
     try:
@@ -176,6 +176,20 @@ def _forwarded() -> dict[str, str]:
         for name, value in os.environ.items()
         if name.startswith(FORWARDED) and not any(part in name for part in SECRET)
     }
+
+
+def _start_local(**options: Any) -> None:
+    """Start a cluster on this machine. Ray gives its processes 30 s, too few on a very busy one: the second attempt
+    finds what they load in memory."""
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            ray.init(address="local", **options)
+            return
+        except Exception as error:  # Ray raises a bare one when its processes do not come up in time
+            ray.shutdown()
+            if attempt == START_ATTEMPTS:
+                raise EnvironmentProblem(f"Ray did not start on this machine: {first_line(error)}") from error
+            logging.getLogger(__name__).warning("Ray did not start, trying again: %s", first_line(error))
 
 
 def _worker_env(device: str, config: RunConfig, is_trainer: bool) -> dict[str, str]:

@@ -21,8 +21,12 @@ import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from pipelinerl.cluster.lifeline import end_with_parent
 from pipelinerl.cluster.pinning import Cores, pin_this_process
+from pipelinerl.cluster.waiting import noted
 from pipelinerl.errors import PipelineRLError, Stalled, TrainerLost, WorkerDied, WorkerFailed, first_line
+from pipelinerl.stacks import FOLDER as STACKS
+from pipelinerl.stacks import answer_stack_requests
 
 MAX_CONCURRENT_CALLS = 100_000
 GROUP_LOST = "a finished group is lost with the node that held it"
@@ -41,6 +45,8 @@ class _Host:
 
     def __init__(self, target: str, log_path: str, args: tuple[Any, ...], cores: Cores | None):
         _log_to(Path(log_path))
+        end_with_parent()
+        answer_stack_requests(Path(log_path).parent / STACKS, Path(log_path).stem)
         _talk_over_the_nodes_interface()
         if cores is not None:  # before the threads of torch and vLLM
             pin_this_process(cores)
@@ -176,8 +182,9 @@ class RemoteWorker:
 
     async def _wait(self, ref: Any, method: str, timeout_s: float | None) -> Any:
         try:
-            async with asyncio.timeout(timeout_s):
-                return await ref
+            with noted(self.name, method):
+                async with asyncio.timeout(timeout_s):
+                    return await ref
         except RayTaskError as error:  # first: Ray's copy of a worker's own TimeoutError is both
             cause = error.cause
             if isinstance(cause, PipelineRLError):

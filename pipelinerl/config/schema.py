@@ -86,6 +86,9 @@ class GradingConfig(Section):
 
     processes: PositiveInt = Field(1, description="grader processes per rollout worker")
     timeout_s: PositiveFloat = Field(10.0, description="per completion; beyond it the outcome is verifier_timeout")
+    memory_mb: Annotated[int, Field(ge=128)] = Field(
+        2048, description="address space of a grader process; beyond it the outcome is env_error"
+    )
 
 
 class BatchConfig(Section):
@@ -881,6 +884,9 @@ def _contradictions(config: RunConfig) -> "list[str]":
         ("weights.timeout_s", config.weights.timeout_s),
         ("engine.hang_timeout_s", config.engine.hang_timeout_s),
         ("trainer.hang_timeout_s", config.trainer.hang_timeout_s),
+        ("engine.start_timeout_s", config.engine.start_timeout_s),  # of a restart
+        ("trainer.start_timeout_s", config.trainer.start_timeout_s),
+        ("grading.timeout_s", config.grading.timeout_s),
     ):
         if limit >= config.cluster.stall_timeout_s:
             found.append(

@@ -41,7 +41,8 @@ class RolloutWorker:
         from transformers import AutoTokenizer
 
         config = self._config
-        self._graders = GraderPool(config.grading.processes, config.grading.timeout_s)
+        grading = config.grading
+        self._graders = GraderPool(grading.processes, grading.timeout_s, grading.memory_mb)
         await self._graders.start()
         self._engine = await VllmEngine.start(config, self._index, self._backend)
         print(f"engine {self._index} resolved to {self._engine.settings}", flush=True)  # into its log file

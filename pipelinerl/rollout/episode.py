@@ -73,7 +73,8 @@ async def _play(
     transcript.prompt_text = renderer.prompt_text(history)
     context = renderer.prompt(history)
     if len(context) >= max_total_tokens:
-        raise _EnvFailed(_too_long(len(context), max_total_tokens, transcript.prompt_text))
+        detail = _too_long(len(context), max_total_tokens, transcript.prompt_text)
+        return Score(0.0, outcome=Outcome.PROMPT_TOO_LONG, detail=detail)
     tokens: list[int] = []
     while True:
         tokens += context

@@ -175,12 +175,16 @@ def test_updates_land_inside_long_completions(random_model: Path, tmp_path: Path
 
 
 def test_the_users_data_in_sync_mode_on_two_ranks_in_bf16(quickstart: tuple[Path, str], tmp_path: Path) -> None:
-    data = ROOT / "pipelinerl" / "tasks" / "data" / "word_problems.jsonl"
+    """Fewer problems than a batch, and one of them has no room for an answer: it is counted, and the run goes on."""
+    examples = (ROOT / "pipelinerl" / "tasks" / "data" / "word_problems.jsonl").read_text().splitlines()[:5]
+    data = tmp_path / "mine.jsonl"
+    data.write_text("\n".join([*examples, json.dumps({"prompt": "count " + "1 " * 600, "answer": "600"})]) + "\n")
     steps = run_to_the_end(
         tmp_path / "run",
         "async.mode=sync",
         "task=jsonl",
         f"task.path={data}",
+        "task.eval_fraction=0",
         f"model.path={ROOT / 'models' / 'tiny'}",
         "model.dtype=bfloat16",
         "trainer.ranks=2",
@@ -193,5 +197,11 @@ def test_the_users_data_in_sync_mode_on_two_ranks_in_bf16(quickstart: tuple[Path
         assert record["staleness/max"] == 0 and record["outcome/env_error"] == 0
         assert record["mismatch/tokens"] == record["completion/tokens_sum"]
         assert 0 < record["mismatch/abs_logprob_mean"] < 2e-2  # bf16 kernels differ; a wrong head would give 0.1
+    ledger = json.loads((tmp_path / "run" / "ledger.json").read_text())
+    trained = [ticket for tickets in ledger["trained"].values() for ticket in tickets]
+    assert len(trained) == 24 and set(ledger["dropped"]) == {"prompt_too_long"}
+    assert sorted(trained + ledger["dropped"]["prompt_too_long"]) == list(range(ledger["drawn"]))
+    assert sum(record.get("groups/prompt_too_long", 0) for record in steps) > 0
     rows = read_rollouts(tmp_path / "run")
-    assert rows[0]["problem_id"].startswith("train/") and "<|user|>" in rows[0]["prompt"]
+    assert all(row["problem_id"].startswith("train/") and "<|user|>" in row["prompt"] for row in rows)
+    assert len({row["problem_id"] for row in rows}) <= 5

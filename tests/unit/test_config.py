@@ -234,6 +234,10 @@ CONTRADICTIONS = [
         ["engine.kv_policy=recompute_at_lag", "engine.kv_max_lag=3"],
         "engine.kv_max_lag=3 is above async.max_lag=2: no KV in use gets that old",
     ),
+    *(
+        ([f"{key}=5000"], f"{key}=5000 is not below cluster.stall_timeout_s=3600")
+        for key in ("grading.timeout_s", "engine.start_timeout_s", "trainer.start_timeout_s", "weights.timeout_s")
+    ),
     # one importance ratio, counted once
     (
         ["algo.correction.tis_token=2"],

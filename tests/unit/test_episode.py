@@ -167,7 +167,7 @@ async def test_a_prompt_needs_room_for_a_token(limit: int, fits: bool) -> None:
     rollout, seen = await play(GuessTwice(), completion("7"), limit=limit)
     assert (rollout.outcome is Outcome.OK, len(seen)) == (fits, int(fits))
     if not fits:
-        assert rollout.outcome is Outcome.ENV_ERROR and rollout.turns == ()
+        assert rollout.outcome is Outcome.PROMPT_TOO_LONG and rollout.turns == ()
         assert "the prompt has 10 tokens" in rollout.detail and "max_model_len=10" in rollout.detail
         assert "u:guess" in rollout.detail
 

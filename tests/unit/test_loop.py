@@ -16,6 +16,7 @@ from pipelinerl.errors import BudgetSpent, EnvironmentProblem, PipelineRLError, 
 from pipelinerl.loop import train
 from pipelinerl.metrics.log import read_metrics
 from pipelinerl.metrics.rollouts import read_rollouts
+from pipelinerl.rollout.ledger import Ledger
 from pipelinerl.tasks.stream import ProblemStream
 from pipelinerl.types import Outcome, Problem, SampleKL
 from tests.unit.fakes import (
@@ -31,6 +32,7 @@ from tests.unit.fakes import (
     until,
 )
 
+TOO_LONG = Outcome.PROMPT_TOO_LONG
 OK, ERROR, ABORT, TIMEOUT = Outcome.OK, Outcome.ENV_ERROR, Outcome.INFRA_ABORT, Outcome.VERIFIER_TIMEOUT
 BAD = Outcome.BAD_LOGPROB
 
@@ -40,6 +42,9 @@ STALL_SOON = (
     "trainer.hang_timeout_s=0.2",
     "weights.timeout_s=0.2",
     "engine.hang_timeout_s=0.2",
+    "engine.start_timeout_s=0.2",
+    "trainer.start_timeout_s=0.2",
+    "grading.timeout_s=0.2",
 )
 
 
@@ -469,6 +474,16 @@ async def test_too_many_unusable_groups_in_a_row_end_the_run(tmp_path: Path) -> 
     assert "3 errored" in str(error)
     assert "no reward" in str(error)  # what the last one said
     assert run.buffer.dropped == {"errored": 4}  # group 1 counts too, but groups 2 and 3 were in between
+
+
+async def test_prompts_without_room_are_counted_and_end_the_run_when_there_are_no_others(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, "batch.max_dropped_groups_in_a_row=3", "async.max_lag=0")
+    run.fleet.outcomes = lambda group: [TOO_LONG, TOO_LONG] if group in (1, 4, 5, 6) else [OK, OK]
+    error = await error_of(run)
+    assert isinstance(error, BudgetSpent) and error.exit_code == 5
+    assert "by reason: 3 prompt_too_long" in str(error) and "no reward" in str(error)  # what the last one said
+    assert [line["groups/prompt_too_long"] for line in lines(run, "train")] == [1]
+    Ledger.resumed(run.buffer.ledger.to_dict())  # every prompt is in one state
 
 
 async def test_groups_of_equal_rewards_are_refilled_from_the_stream_and_counted(tmp_path: Path) -> None:
