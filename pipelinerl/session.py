@@ -21,6 +21,7 @@ from pipelinerl.concurrency import Ending
 from pipelinerl.config.device import Device, resolve_backend, resolve_device
 from pipelinerl.config.schema import RunConfig
 from pipelinerl.errors import EXIT_SIGINT, EXIT_SIGTERM, PipelineRLError
+from pipelinerl.weights.membership import FixedMembers
 from pipelinerl.weights.publisher import Publisher
 
 SIGNAL_EXITS = {signal.SIGINT: EXIT_SIGINT, signal.SIGTERM: EXIT_SIGTERM}
@@ -85,7 +86,7 @@ class Session:
         """New engines with the engine settings of `config`, at version 0; the trainer stays as it is."""
         self.fleet = Fleet(await self.cluster.replace_engines(config, self.backend), config)
         self.settings["engines"] = await self.fleet.start()
-        self.publisher = await _connected(self.trainer, self.fleet, config, self.backend)
+        self.publisher = _connected(self.trainer, self.fleet, config, self.backend)
 
     def write_settings(self, run_dir: Path) -> None:
         """Write `settings` to settings.json."""
@@ -111,17 +112,15 @@ async def open_session(config: RunConfig, run_dir: Path, status: Callable[[str],
             "engines": engine_settings,
             "trainer": trainer_settings,
         }
-        publisher = await _connected(trainer, fleet, config, backend)
+        publisher = _connected(trainer, fleet, config, backend)
         yield Session(config, device, backend, cluster, trainer, fleet, publisher, settings)
         status("stopping the workers")
     finally:
         await _to_the_end(cluster.close)
 
 
-async def _connected(trainer: TrainerGroup, fleet: Fleet, config: RunConfig, backend: str) -> Publisher:
-    publisher = Publisher(trainer, fleet.engines, config.weights, backend, config.engine.tensor_parallel)
-    await publisher.connect()
-    return publisher
+def _connected(trainer: TrainerGroup, fleet: Fleet, config: RunConfig, backend: str) -> Publisher:
+    return Publisher(trainer, FixedMembers(fleet.engines), config.weights, backend, config.engine.tensor_parallel)
 
 
 async def _to_the_end(close: Callable[[], Coroutine[Any, Any, None]]) -> None:

@@ -21,8 +21,14 @@ class EngineHandle:
     async def start(self) -> dict[str, Any]:
         return dict(await self._worker.call("start", timeout_s=self._config.engine.start_timeout_s))
 
+    async def locate(self, segment: dict[str, Any] | None) -> list[str]:
+        return list(await self._worker.call("locate", segment))
+
     async def connect(self, init_info: dict[str, Any]) -> None:
-        await self._worker.call("connect", init_info, timeout_s=self._config.weights.timeout_s)
+        await self._worker.call("connect", init_info)
+
+    async def disconnect(self) -> None:
+        await self._worker.call("disconnect")
 
     async def update_weights(self, update_info: dict[str, Any], version: int) -> dict[str, float]:
         return dict(await self._worker.call("update_weights", update_info, version))

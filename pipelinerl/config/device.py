@@ -32,11 +32,17 @@ def resolve_device(config: RunConfig, gpus: int | None = None) -> Device:
     return "cuda" if (gpu_count() if gpus is None else gpus) else "cpu"
 
 
-def resolve_backend(config: RunConfig, device: Device) -> Literal["gloo", "nccl"]:
-    """`weights.backend` with `auto` decided: nccl between GPUs, gloo on CPU."""
+def resolve_backend(config: RunConfig, device: Device, gpus: int | None = None) -> Literal["gloo", "nccl", "ipc"]:
+    """`weights.backend` with `auto` decided: gloo on CPU, nccl between GPUs, ipc on this machine's only GPU.
+
+    `gpus` defaults to `gpu_count()`.
+    """
     if config.weights.backend != "auto":
         return config.weights.backend
-    return "nccl" if device == "cuda" else "gloo"
+    if device == "cpu":
+        return "gloo"
+    alone = config.cluster.address == "local" and (gpu_count() if gpus is None else gpus) == 1
+    return "ipc" if alone else "nccl"
 
 
 def gpus_needed(config: RunConfig) -> int:

@@ -503,10 +503,19 @@ class TrainerConfig(Section):
 class WeightsConfig(Section):
     """How and when new weights reach the engines."""
 
-    backend: Literal["auto", "gloo", "nccl"] = Field("auto", description="auto: gloo on CPU, nccl on GPU")
+    backend: Literal["auto", "gloo", "nccl", "ipc"] = Field(
+        "auto", description="auto: gloo on CPU, nccl between GPUs, ipc when trainer and engine share the only GPU"
+    )
     every: PositiveInt = Field(1, description="optimizer steps between two updates")
+    sync_mode: Literal["overlap", "blocking"] = Field(
+        "overlap", description="overlap: the next step starts when the weights are copied; blocking: when engines serve"
+    )
     bucket_mb: PositiveInt = Field(256, description="size of one broadcast")
-    timeout_s: PositiveFloat = Field(120.0, description="for one whole update")
+    shared_memory: bool = Field(
+        True, description="gloo: engines of the trainer's node map the copy it sends from; false: broadcast to each"
+    )
+    timeout_s: PositiveFloat = Field(120.0, description="for one attempt at an update")
+    attempts: PositiveInt = Field(3, description="at an update, each without the engines that died in the one before")
 
 
 class AsyncConfig(Section):
@@ -690,8 +699,10 @@ def _contradictions(config: RunConfig) -> "list[str]":
             f"engine.max_num_batched_tokens={config.engine.max_num_batched_tokens} is smaller than "
             f"engine.max_num_seqs={config.engine.max_num_seqs}"
         )
-    if config.cluster.device == "cpu" and config.weights.backend == "nccl":
-        found.append("weights.backend=nccl needs GPUs, cluster.device=cpu has none; use weights.backend=auto")
+    if config.cluster.device == "cpu" and config.weights.backend in ("nccl", "ipc"):
+        found.append(
+            f"weights.backend={config.weights.backend} needs GPUs, cluster.device=cpu has none; use weights.backend=auto"
+        )
     if config.cluster.device == "cuda" and config.weights.backend == "gloo":
         found.append("weights.backend=gloo is the CPU transport, cluster.device=cuda wants nccl; use backend=auto")
     if config.cluster.device == "cpu":

@@ -13,8 +13,9 @@ from pipelinerl.config.schema import RunConfig
 from pipelinerl.engine.vllm_engine import VllmEngine
 from pipelinerl.trainer.model import PolicyModel, load_policy
 from pipelinerl.types import Completion
+from pipelinerl.weights.host_sender import HostSender
 from pipelinerl.weights.manifest import Manifest
-from pipelinerl.weights.sender import GlooSender
+from pipelinerl.weights.places import assign
 from pipelinerl.weights.source import WholeModel
 
 PROMPTS = [[1, 2, 3 + index] for index in range(64)]
@@ -23,7 +24,11 @@ PROMPTS = [[1, 2, 3 + index] for index in range(64)]
 class Receiver(Protocol):
     """An engine, or a rollout worker."""
 
+    async def locate(self, segment: dict[str, Any] | None) -> list[str]: ...
+
     async def connect(self, init_info: dict[str, Any]) -> None: ...
+
+    async def disconnect(self) -> None: ...
 
     async def update_weights(self, update_info: dict[str, Any], version: int) -> dict[str, float]: ...
 
@@ -36,32 +41,52 @@ class Link:
 
     policy: PolicyModel
     source: WholeModel
-    sender: GlooSender
+    sender: HostSender
     engine: Receiver
     version: int = 0
+    transmissions: int = 0
 
     @classmethod
     async def make(
-        cls, policy: PolicyModel, engine: Receiver, bucket_bytes: int, timeout_s: float = 60.0, workers: int = 1
+        cls,
+        policy: PolicyModel,
+        engine: Receiver,
+        bucket_bytes: int,
+        timeout_s: float = 60.0,
+        shared_memory: bool = True,
+        version: int = 0,
     ) -> "Link":
-        sender = GlooSender(timeout_s)
-        init_info = sender.listen("127.0.0.1") | {"rank_offset": 1, "world_size": 1 + workers}
-        await asyncio.gather(asyncio.to_thread(sender.connect, 1 + workers), engine.connect(init_info))
-        return cls(policy, WholeModel(policy.hf, bucket_bytes), sender, engine)
+        source = WholeModel(policy.hf, bucket_bytes)
+        link = cls(policy, source, HostSender(source, timeout_s, shared_memory), engine, version)
+        await link.connect()
+        return link
+
+    async def connect(self) -> None:
+        """Join the engine and the sender in the next epoch."""
+        rendezvous = self.sender.listen("127.0.0.1")
+        [places], world_size = assign([await self.engine.locate(rendezvous["segment"])])
+        info = rendezvous | {"places": places, "world_size": world_size}
+        await asyncio.gather(asyncio.to_thread(self.sender.connect, world_size), self.engine.connect(info))
+        self.transmissions = 0
 
     @property
     def manifest(self) -> Manifest:
         return self.source.manifest
 
+    async def transfer(self) -> list[int]:
+        """Bring the policy's weights, as the next version, to the engine, which goes on as it is. Their digests."""
+        self.version += 1
+        number, self.transmissions = self.transmissions, self.transmissions + 1
+        info = self.manifest.to_dict() | {"transmission": number}
+        digests, _ = await asyncio.gather(
+            asyncio.to_thread(self.sender.send, number), self.engine.update_weights(info, self.version)
+        )
+        return digests
+
     async def send(self) -> dict[str, float]:
         """Bring the policy's weights, as the next version, into the running engine."""
-        self.version += 1
-        manifest = self.manifest.to_dict()
-        digests, _ = await asyncio.gather(
-            asyncio.to_thread(self.sender.send, self.source),
-            self.engine.update_weights(manifest, self.version),
-        )
-        return await self.engine.commit(self.version, manifest["names"], digests)
+        digests = await self.transfer()
+        return await self.engine.commit(self.version, [p.name for p in self.manifest.parameters], digests)
 
 
 @dataclass
@@ -82,12 +107,12 @@ class Served:
 
 
 @asynccontextmanager
-async def serve(config: RunConfig, bucket_bytes: int = 2**20) -> AsyncIterator[Served]:
+async def serve(config: RunConfig, bucket_bytes: int = 2**20, shared_memory: bool = True) -> AsyncIterator[Served]:
     """An engine, shut down afterwards."""
     engine = await VllmEngine.start(config, 0, "gloo")
     try:
         policy = load_policy(config.model, config.sampling.temperature, config.trainer.logprob_chunk, False)
-        link = await Link.make(policy, engine, bucket_bytes, workers=config.engine.tensor_parallel)
+        link = await Link.make(policy, engine, bucket_bytes, shared_memory=shared_memory)
         yield Served(config, engine, link)
     finally:
         await engine.shutdown()
