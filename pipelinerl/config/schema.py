@@ -700,9 +700,8 @@ def _contradictions(config: RunConfig) -> "list[str]":
             f"engine.max_num_seqs={config.engine.max_num_seqs}"
         )
     if config.cluster.device == "cpu" and config.weights.backend in ("nccl", "ipc"):
-        found.append(
-            f"weights.backend={config.weights.backend} needs GPUs, cluster.device=cpu has none; use weights.backend=auto"
-        )
+        backend = config.weights.backend
+        found.append(f"weights.backend={backend} needs GPUs, cluster.device=cpu has none; use weights.backend=auto")
     if config.cluster.device == "cuda" and config.weights.backend == "gloo":
         found.append("weights.backend=gloo is the CPU transport, cluster.device=cuda wants nccl; use backend=auto")
     if config.cluster.device == "cpu":

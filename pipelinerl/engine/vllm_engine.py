@@ -166,7 +166,7 @@ class VllmEngine:
         await self._update.disconnect()
 
     async def update_weights(self, update_info: dict[str, Any], version: int) -> dict[str, float]:
-        """Take the weights that the trainer is sending, in the middle of running sequences; `commit` puts them in force.
+        """Take the weights that the trainer sends, in the middle of running sequences; `commit` puts them in force.
 
         Returns the seconds of each phase. Raises WeightSyncError, or WorkerDied when the engine is gone.
         """

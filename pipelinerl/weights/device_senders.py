@@ -1,7 +1,7 @@
 """The senders of machines with GPUs: NCCL between GPUs, CUDA IPC where trainer and engine share one.
 
-Neither has been run here: they follow vLLM 0.32's `distributed/weight_transfer`. Both send the trainer's own tensors, so
-the trainer may change them only when all engines have them: `send` returns then, and there is no `resend`.
+Neither has been run here: they follow vLLM 0.32's `distributed/weight_transfer`. Both send the trainer's own tensors,
+so the trainer may change them only when all engines have them: `send` returns then, and there is no `resend`.
 """
 
 import base64
@@ -98,7 +98,7 @@ class NcclSender:
 
 
 class IpcSender:
-    """One packed buffer on the GPU that both share, filled again and again; a store says which of the two may use it."""
+    """One packed buffer on the GPU that both share, filled again and again; a store says whose turn it is."""
 
     def __init__(self, source: WeightSource, timeout_s: float):
         self._source = source

@@ -6,9 +6,9 @@ begin     consumes     the trainer's weights after an optimizer step
 its task  waits for    every engine to receive, verify and serve the version
 
 A group of the transport has an epoch. It is built again, under the next one, when other engines are to get an update
-than those in it, and when an update failed in it: what then still arrives of the old one reaches nobody. An update that
-failed for some engines is tried again with them. An engine that dies, or fails twice in a row, is reported lost, and the
-update goes on without it; engines that have got it serve meanwhile.
+than those in it, and when an update failed in it: what then still arrives of the old one reaches nobody. An update
+that failed for some engines is tried again with them. An engine that dies, or fails twice in a row, is reported lost,
+and the update goes on without it; engines that have got it serve meanwhile.
 """
 
 import asyncio
