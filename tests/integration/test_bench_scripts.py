@@ -31,3 +31,10 @@ def test_block_by_block_logprobs_take_a_quarter_of_the_memory() -> None:
     done = bench("logprobs.py", *small, "--max-time", "3")  # of one noisy run; memory and values are exact
     assert done.returncode == 0, done.stdout + done.stderr
     assert "naive" in done.stdout and "chunked" in done.stdout
+
+
+def test_an_update_of_a_serving_engine_is_measured_phase_by_phase() -> None:
+    small = ("--vocabulary", "256", "--hidden", "192", "--layers", "2", "--length", "128", "--kv-cache-mb", "64")
+    done = bench("update.py", *small, "--requests", "8", "--repeats", "1", "--max-ratio", "1000")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "none aborted" in done.stdout and "| pause |" in done.stdout and "| mapped to 3 |" in done.stdout

@@ -1,4 +1,4 @@
-"""The transport over host memory, both ends: `HostSender` and `Seat`, over shared memory and over real gloo broadcasts."""
+"""Both ends of the transport over host memory: `HostSender` and `Seat`, mapped and over real gloo broadcasts."""
 
 import json
 import subprocess
