@@ -28,6 +28,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from pipelinerl.errors import WeightSyncError, first_line
 from pipelinerl.weights.canary import Canary
+from pipelinerl.weights.gloo_group import let_go
 from pipelinerl.weights.loading import LayerwiseLoading, Loading, TwinLoading
 from pipelinerl.weights.manifest import Manifest, Parameter
 from pipelinerl.weights.places import Place
@@ -62,7 +63,9 @@ class GlooWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
     start_weight_update = finish_weight_update = receive_weights = init_transfer_engine
 
     def shutdown(self) -> None:
+        left = [self.seat, self.update, self.task]
         self.seat = self.update = self.task = None
+        let_go(left)
 
 
 @dataclass
@@ -79,7 +82,7 @@ class Update:
 class Task:
     """Work in a thread that may be kept waiting. Dropped, it ends by itself and its result goes nowhere."""
 
-    run: Callable[[], None]
+    run: Callable[[], None] | None
     error: str | None = None
     done: threading.Event = field(default_factory=threading.Event)
 
@@ -88,8 +91,10 @@ class Task:
         return self
 
     def _target(self) -> None:
+        run, self.run = self.run, None  # it holds the update, which is to end with its exchange
+        assert run is not None
         try:
-            self.run()
+            run()
         except WeightSyncError as error:
             self.error = str(error)
         except Exception as error:  # whatever vLLM's loaders raise must reach the driver
@@ -118,7 +123,7 @@ class StagedUpdates:
     def weights_join(self, init_info: dict[str, Any], places: list[dict[str, Any]], nbytes: int) -> None:
         """Take a seat; `places` are those of the workers of this engine."""
         transfer = self.weight_transfer_engine
-        transfer.seat = transfer.update = None
+        transfer.shutdown()  # an epoch before
         who, place = self._weights_name(), Place.from_dict(places[self.rank])
 
         def join() -> None:
@@ -168,8 +173,7 @@ class StagedUpdates:
         update, transfer.update = transfer.update, None
         assert update is not None and update.version == version, "no such update has arrived"
         update.loading.exchange()
-        # What the update took the place of is let go of by a thread: giving memory back takes a while.
-        threading.Thread(target=_let_go, args=([update],), daemon=True).start()
+        let_go([update])  # with all that the model held before
         del update
 
     def weights_leave(self) -> None:
@@ -190,10 +194,6 @@ def _timed(
         if item is None:
             return
         yield item
-
-
-def _let_go(things: list[Any]) -> None:
-    things.clear()
 
 
 if "gloo" not in WeightTransferEngineFactory._registry:

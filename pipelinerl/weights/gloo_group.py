@@ -4,7 +4,9 @@ It is independent of torch's default group on either side, so a failed update ca
 under a new epoch. Holds no reference to vLLM: the trainer imports this module too.
 """
 
+import threading
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -29,6 +31,14 @@ class GlooGroup:
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
         return self._group.broadcast([buffer], options)
+
+
+def let_go(things: list[Any]) -> None:
+    """Drop what is in the list in a thread: a group with broadcasts that nobody takes ends only when these time out,
+    and memory of this size takes a while to be given back."""
+    mine = list(things)
+    things.clear()
+    threading.Thread(target=mine.clear, name="weights-let-go", daemon=True).start()
 
 
 def finish(work: dist.Work, who: str, placed: Placed) -> None:

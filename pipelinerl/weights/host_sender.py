@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from pipelinerl.errors import WeightSyncError, first_line
 from pipelinerl.weights.digest import digest
-from pipelinerl.weights.gloo_group import GlooGroup, finish
+from pipelinerl.weights.gloo_group import GlooGroup, finish, let_go
 from pipelinerl.weights.manifest import Placed, offsets
 from pipelinerl.weights.segment import Segment
 from pipelinerl.weights.source import Bucket, WeightSource, run_through
@@ -90,10 +90,10 @@ class HostSender:
             self._start(transmission, index, placed)
 
     def close(self) -> None:
-        """Readers of this epoch fail in their next wait."""
-        self._pending.clear()
-        self._announced.clear()
-        self._group = self._store = None
+        """Readers of this epoch fail in their next wait, at the latest when what is still being sent times out."""
+        left = [self._group, self._store, self._pending]
+        self._group, self._store, self._pending, self._announced = None, None, [], []
+        let_go(left)
 
     def _copy(self, bucket: Bucket, placed: Placed) -> None:
         assert self._segment is not None

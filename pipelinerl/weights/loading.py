@@ -11,11 +11,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from vllm.model_executor.model_loader.reload import (
-    finalize_layerwise_reload,
-    get_layerwise_info,
-    initialize_layerwise_reload,
-)
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from pipelinerl.weights.manifest import Parameter, offsets
 from pipelinerl.weights.twin import Twin
