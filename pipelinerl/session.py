@@ -88,13 +88,13 @@ class Session:
     async def replace_engines(self, config: RunConfig) -> None:
         """New engines with the engine settings of `config`, at version 0; the trainer stays as it is."""
         self.settings["engines"] = await self.fleet.replace(config)
-        self.publisher = await _connected(self.trainer, self.fleet, config, self.backend)
+        self.publisher = _publisher(self.trainer, self.fleet, config, self.backend)
 
     async def replace_trainer(self) -> None:
         """New trainer ranks, with the weights of model.path. No engine serves before the next update reaches it."""
         await self.fleet.abandon()
         await self.trainer.restart()
-        self.publisher = await _connected(self.trainer, self.fleet, self.config, self.backend)
+        self.publisher = _publisher(self.trainer, self.fleet, self.config, self.backend)
 
     def write_settings(self, run_dir: Path) -> None:
         """Write `settings` to settings.json."""
@@ -128,7 +128,7 @@ async def open_session(
             "engines": engine_settings,
             "trainer": trainer_settings,
         }
-        publisher = await _connected(group, fleet, config, backend, engines and trainer)
+        publisher = _publisher(group, fleet, config, backend)
         async with background(fleet.supervise(), group.supervise()):
             yield Session(config, device, backend, cluster, group, fleet, publisher, settings)
         status("stopping the workers")
@@ -136,13 +136,9 @@ async def open_session(
         await _to_the_end(cluster.close)
 
 
-async def _connected(
-    trainer: TrainerGroup, fleet: Fleet, config: RunConfig, backend: str, both: bool = True
-) -> Publisher:
-    publisher = Publisher(trainer, fleet.engines, config.weights, backend, config.engine.workers)
-    if both:
-        await publisher.connect()
-    return publisher
+def _publisher(trainer: TrainerGroup, fleet: Fleet, config: RunConfig, backend: str) -> Publisher:
+    """It connects trainer and engines at its first update, so it does no harm where one of them is not there."""
+    return Publisher(trainer, fleet, config.weights, backend, config.engine.workers)
 
 
 async def _nothing() -> dict[str, Any]:

@@ -582,7 +582,11 @@ class WeightsConfig(Section):
         "engines serve them",
     )
     bucket_mb: PositiveInt = Field(256, description="size of one broadcast")
-    timeout_s: PositiveFloat = Field(120.0, description="for one whole update")
+    shared_memory: bool = Field(
+        True, description="gloo: engines of the trainer's node map the copy it sends from; false: broadcast to each"
+    )
+    timeout_s: PositiveFloat = Field(120.0, description="for one attempt at an update")
+    attempts: PositiveInt = Field(3, description="at an update, each without the engines that died in the one before")
 
 
 class AsyncConfig(Section):
