@@ -185,6 +185,7 @@ async def train_through_losses(parts: Parts, state: DriverState, start: Checkpoi
 
     Raises TrainerLost when `trainer.max_restarts` are spent.
     """
+    parts.session.fleet.recovery = "refit"
     trainer, limit, now, lost = parts.session.trainer, parts.config.trainer.max_restarts, state, ""
     while True:
         try:
