@@ -11,7 +11,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipelinerl.algo.diagnostics import LAG_BUCKETS
 from pipelinerl.config.preflight import with_absolute_paths
 from pipelinerl.config.schema import RunConfig
 from pipelinerl.errors import EXIT_DONE, PipelineRLError, first_line
@@ -24,7 +23,7 @@ from pipelinerl.parity.verdict import judge
 from pipelinerl.run_dir import new_run_dir
 from pipelinerl.session import Session, open_session, until_done_or_signal
 from pipelinerl.tasks.registry import build_task
-from pipelinerl.types import Problem
+from pipelinerl.types import LAG_BUCKETS, Problem
 from pipelinerl.updates import make_batches
 
 EXIT_NO_PARITY = 1

@@ -37,6 +37,7 @@ from pipelinerl.parity.alarm import Alarm
 from pipelinerl.rollout.buffer import GroupBuffer
 from pipelinerl.rollout.dedicated import DedicatedEvaluations
 from pipelinerl.rollout.evaluate import Evaluator
+from pipelinerl.streamed import StreamedStep
 from pipelinerl.tasks.base import Task
 from pipelinerl.tasks.stream import ProblemStream
 from pipelinerl.types import FleetEvent, FloatArray, GroupMeta, Problem, RankBatch, SampleKL, StepResult
@@ -66,6 +67,12 @@ class Trainer(Protocol):
     """The trainer ranks, as the loop uses them."""
 
     async def step(self, updates: Sequence[Sequence[RankBatch]], payloads: Sequence[Any]) -> StepResult: ...
+
+    async def begin_step(self) -> None: ...
+
+    async def accumulate(self, batches: Sequence[RankBatch], payloads: Sequence[Any], last: bool) -> None: ...
+
+    async def finish_step(self, scale: float) -> StepResult: ...
 
     async def reference_kl(self, updates: Sequence[Sequence[RankBatch]], payloads: Sequence[Any]) -> list[SampleKL]: ...
 
@@ -115,6 +122,7 @@ class Run:
     landing: asyncio.Queue[tuple[int, asyncio.Task[dict[str, float]]]] = field(default_factory=asyncio.Queue)
     sync: dict[str, float] = field(default_factory=dict)  # metrics of the last update that is not logged yet
     last_progress: float = field(default_factory=time.monotonic)
+    last_update: tuple[int, float] = field(default_factory=lambda: (0, time.monotonic()))  # version, when it was done
 
     def resume(self, state: DriverState) -> None:
         """Go on where the run was whose state this is. The buffer has got its part of it."""
@@ -148,22 +156,14 @@ async def train(run: Run) -> None:
         async with background(fill(run), refit(run)):
             for step in range(run.start + 1, run.config.steps + 1):
                 meter = Meter.start(run)
-                groups = await run.buffer.take()
-                async with run.trainer_is_free:
-                    batches = await prepare(run, step, groups)
-                    run.history.batch(step, [group.meta for group in groups], batches.updates)
-                    result, _ = await together(
-                        run.trainer.step(batches.updates, [group.payload for group in groups]),
-                        write_rollouts(run, step, groups, batches.advantages),
-                    )
-                    settle(run, step, groups, result)
-                    if update_is_due(run, step):
-                        await publish(run)
+                trained = await (stream if run.config.batch.stream else whole)(run, step)
+                if update_is_due(run, step):
+                    await publish_after(run)
                 selection, parted = run.history.audit.step(run.buffer.version)
-                metrics = meter.stop(run, groups, result) | batches.metrics | news_of_updates(run) | selection
+                metrics = meter.stop(run, trained) | news_of_updates(run) | selection
                 run.log.log("train", step, metrics)
-                check_skipped(run, result)
-                check_parity(run, step, result)
+                check_skipped(run, trained.result)
+                check_parity(run, step, trained.result)
                 check_selection(run, step, parted)
                 await save(run, step, metrics | await evaluate(run, version=step))
                 if run.ending.wished:
@@ -237,6 +237,18 @@ def update_is_due(run: Run, step: int) -> bool:
     return step % run.config.weights.every == 0 or step == run.config.steps
 
 
+async def publish_after(run: Run) -> None:
+    """Publish what a step made; in the modes in which a completion is of one version, once all of them are complete.
+
+    The trainer is free while it waits for them, so that an engine that is restarted meanwhile can be brought up.
+    """
+    if run.config.async_.drains:
+        await landed(run)  # the update before this one admits the groups to wait for
+        await run.buffer.drained()
+    async with run.trainer_is_free:
+        await publish(run)
+
+
 async def publish(run: Run, first: bool = False) -> None:
     """Begin to bring the trainer's weights to the engines. The trainer is free to change them when this returns."""
     await landed(run)
@@ -257,6 +269,7 @@ async def land(run: Run) -> None:
         run.history.journal.updated(version, int(run.sync.get("sync/epoch", 0)), time.perf_counter() - start)
         await run.buffer.published(version)
         run.last_progress = time.monotonic()
+        run.last_update = (version, run.last_progress)
         run.landing.task_done()
 
 
@@ -325,6 +338,69 @@ async def prepare(run: Run, step: int, groups: Sequence[Finished]) -> StepBatche
     measured = await run.trainer.reference_kl(batches.updates, [group.payload for group in groups])
     run.last_progress = time.monotonic()
     return make_batches(metas, run.config, step, measured)
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A step that was trained on."""
+
+    groups: list[Finished]  # in order of admission
+    batches: StepBatches
+    result: StepResult
+    chunks: list[list[int]] | None = None  # streamed: ids of the groups that went into training together
+
+
+async def whole(run: Run, step: int) -> Trained:
+    """Take all groups of a step, then train on them."""
+    groups = await run.buffer.take()
+    async with run.trainer_is_free:
+        batches = await prepare(run, step, groups)
+        run.history.batch(step, [group.meta for group in groups], batches.updates)
+        result, _ = await together(
+            run.trainer.step(batches.updates, [group.payload for group in groups]),
+            write_rollouts(run, step, groups, batches.advantages),
+        )
+        settle(run, step, groups, result)
+    return Trained(groups, batches, result)
+
+
+async def stream(run: Run, step: int) -> Trained:
+    """Take and train on the groups of a step as they become ready (`batch.stream`)."""
+    streamed, groups, parts = StreamedStep(run.config, step), list[Finished](), list[list[RankBatch]]()
+    await run.trainer.begin_step()
+    while not streamed.complete:
+        chunk = await next_chunk(run, streamed)
+        async with run.trainer_is_free:
+            parts.append(await train_on(run, streamed, chunk))
+        groups = sorted([*groups, *chunk], key=lambda group: group.meta.id)
+        run.last_progress = time.monotonic()
+    run.history.batch(step, [group.meta for group in groups], parts)
+    async with run.trainer_is_free:
+        result = await run.trainer.finish_step(streamed.scale)
+        settle(run, step, groups, result)
+    trained = Trained(groups, streamed.values(), result, streamed.chunks)
+    await write_rollouts(run, step, groups, trained.batches.advantages)
+    return trained
+
+
+async def train_on(run: Run, streamed: StreamedStep, chunk: Sequence[Finished]) -> list[RankBatch]:
+    """Add the gradient of some groups of a step; returns the work of every rank."""
+    metas, payloads = [group.meta for group in chunk], [group.payload for group in chunk]
+    batches, measured = streamed.batches(metas), None
+    if run.config.algo.kl.on and run.config.algo.kl.place == "reward":
+        measured = await run.trainer.reference_kl([batches], payloads)
+        batches = streamed.batches(metas, measured)
+    streamed.add(metas, measured)
+    await run.trainer.accumulate(batches, payloads, last=streamed.complete)
+    return batches
+
+
+async def next_chunk(run: Run, streamed: StreamedStep) -> list[Finished]:
+    """All groups that became ready meanwhile, in order of admission; more are awaited until it is worth starting."""
+    chunk: list[Finished] = []
+    while not streamed.worth_starting([group.meta for group in chunk]):
+        chunk += await run.buffer.take_ready()
+    return sorted(chunk, key=lambda group: group.meta.id)
 
 
 async def write_rollouts(run: Run, step: int, groups: Sequence[Finished], advantages: Sequence[FloatArray]) -> None:
@@ -400,9 +476,9 @@ class Meter:
     def start(cls, run: Run) -> "Meter":
         return cls(time.perf_counter(), run.fleet.busy_s(), run.generated_tokens)
 
-    def stop(self, run: Run, groups: Sequence[Finished], result: StepResult) -> dict[str, float]:
+    def stop(self, run: Run, trained: "Trained") -> dict[str, float]:
         """All metrics of the step but those of the weight update."""
-        metas = [group.meta for group in groups]
+        metas, result = [group.meta for group in trained.groups], trained.result
         seconds = time.perf_counter() - self.started
         train_s = result.metrics["perf/train_s"]
         trained_tokens = sum(rollout.total_len for meta in metas for rollout in meta.rollouts)
@@ -413,6 +489,7 @@ class Meter:
             **group_metrics(metas, result.version - 1, drops),
             **kv_metrics(metas, run.config.engine),
             **result.metrics,
+            **trained.batches.metrics,
             "perf/step_s": seconds,
             "perf/samples_per_s": samples / seconds,
             "perf/trainer_tokens_per_s": trained_tokens / train_s,

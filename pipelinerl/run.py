@@ -18,6 +18,7 @@ from pipelinerl.concurrency import Ending
 from pipelinerl.config.preflight import with_absolute_paths
 from pipelinerl.config.schema import RunConfig
 from pipelinerl.errors import EXIT_BUG, EXIT_DONE, DataError, EnvironmentProblem, TrainerLost, first_line
+from pipelinerl.hangs import HangReports
 from pipelinerl.loop import Run, tell_about_fleet, train
 from pipelinerl.metrics.console import Console
 from pipelinerl.metrics.history import History
@@ -63,12 +64,16 @@ async def _session(config: RunConfig, ending: Ending) -> int:
             console.note(f"all steps={config.steps} are done, and {run_dir / 'model'} is there; to go on, raise steps")
             return EXIT_DONE
         state = checkpoint.state if checkpoint else DriverState(0, Ledger().to_dict(), 0.0)
+        hangs = HangReports(run_dir, console.note)
+        stack.enter_context(hangs.on_signal())
         wandb = WandbSink(config.metrics.wandb, run_dir, config.dump(), config.name, state.wandb_id)
         log = MetricsLog(run_dir, [console, wandb])
         stack.callback(_conclude, config, run_dir, log, console, wandb)
         _tell_about_data(task, console, log)
         session = await stack.enter_async_context(open_session(config, run_dir, console.status))
         session.write_settings(run_dir)
+        hangs.fleet = session.fleet
+        await stack.enter_async_context(hangs.on_stall())
         if checkpoint is not None:
             await _restore(session, checkpoint)
         calibrated = await preflight(
@@ -88,7 +93,7 @@ async def _session(config: RunConfig, ending: Ending) -> int:
         resumed_from = str(checkpoint.path.resolve()) if checkpoint else None
         history.journal.started(state.step, resumed_from, state.ledger, config.dump(), config.async_.lag_bound)
         alarm = make_alarm(config, calibrated)
-        parts = Parts(config, task, session, run_dir, log, console, wandb, history, alarm, ending)
+        parts = Parts(config, task, session, run_dir, log, console, wandb, history, alarm, ending, hangs)
         stack.callback(parts.write_ledger)
         if config.journal.batches:
             await session.trainer.record_batches(str((run_dir / BATCHES).resolve()))
@@ -126,6 +131,7 @@ class Parts:
     history: History
     alarm: Alarm | None
     ending: Ending
+    hangs: HangReports
     ledger: Ledger = field(default_factory=Ledger)  # of the newest run
 
     def run_from(self, state: DriverState) -> Run:
@@ -153,6 +159,7 @@ class Parts:
             ending=self.ending,
         )
         run.resume(state)
+        self.hangs.run = run
         session.fleet.listener = lambda event: tell_about_fleet(run, event)
         return run
 
@@ -165,7 +172,11 @@ class Parts:
 
     def write_ledger(self) -> None:
         """Say what became of every prompt, at whatever end of the run."""
-        (self.run_dir / "ledger.json").write_text(json.dumps(self.ledger.to_dict()) + "\n")
+        path = self.run_dir / "ledger.json"
+        try:
+            path.write_text(json.dumps(self.ledger.to_dict()) + "\n")
+        except OSError as error:  # must not hide how the run ended, of which it may be the same cause
+            self.console.note(f"{path} could not be written: {error}")
 
 
 async def train_through_losses(parts: Parts, state: DriverState, start: Checkpoint | None) -> None:

@@ -18,7 +18,7 @@ from pipelinerl.cluster.fleet import Fleet
 from pipelinerl.cluster.ray_cluster import RayCluster
 from pipelinerl.cluster.trainer_group import TrainerGroup
 from pipelinerl.concurrency import Ending, background, together
-from pipelinerl.config.device import Device, resolve_backend, resolve_device
+from pipelinerl.config.device import Device, resolve_backend
 from pipelinerl.config.schema import RunConfig
 from pipelinerl.errors import EXIT_SIGINT, EXIT_SIGTERM, PipelineRLError
 from pipelinerl.weights.publisher import Publisher
@@ -109,20 +109,22 @@ async def open_session(
 
     Without `engines` or without `trainer` the other is alone, and no weights travel.
     """
-    device = resolve_device(config)
-    backend = resolve_backend(config, device)
-    cluster = RayCluster(config, run_dir, device)
+    cluster = RayCluster(config, run_dir)
     try:
         status(f"run directory {run_dir}; starting Ray")
         await cluster.start()
+        placement = await cluster.reserve(engines, trainer)
+        device = cluster.device
+        backend = resolve_backend(config, device, placement.shares_gpu)
+        cluster.use_transport(backend)
         status(f"starting {' and '.join(['engines'] * engines + ['trainer'] * trainer)}")
-        await cluster.reserve(backend, engines, trainer)
         fleet = Fleet(cluster, config, config.engines if engines else 0)
         group = TrainerGroup(cluster.start_ranks, config.trainer)
         engine_settings, trainer_settings = await together(fleet.start(), group.setup() if trainer else _nothing())
         settings = {
             "device": device,
             "weights_backend": backend,
+            "placement": {process.name: process.node.name for process in placement.processes},
             "engines": engine_settings,
             "trainer": trainer_settings,
         }
@@ -137,7 +139,7 @@ async def open_session(
 async def _connected(
     trainer: TrainerGroup, fleet: Fleet, config: RunConfig, backend: str, both: bool = True
 ) -> Publisher:
-    publisher = Publisher(trainer, fleet.engines, config.weights, backend, config.engine.tensor_parallel)
+    publisher = Publisher(trainer, fleet.engines, config.weights, backend, config.engine.workers)
     if both:
         await publisher.connect()
     return publisher

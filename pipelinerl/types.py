@@ -22,6 +22,8 @@ IntArray = NDArray[np.int32]
 FloatArray = NDArray[np.float32]
 BoolArray = NDArray[np.bool_]
 
+LAG_BUCKETS = 9  # of metrics by the lag of a token: lag 0 to 7, and 8 or more
+
 
 class Outcome(StrEnum):
     """How an episode ended. Only a scored outcome carries a reward that means something."""
@@ -30,12 +32,14 @@ class Outcome(StrEnum):
     TRUNCATED = "truncated"  # ran into the token limit; scored on what there is
     ENV_ERROR = "env_error"  # the environment or the grader raised
     VERIFIER_TIMEOUT = "verifier_timeout"  # grading exceeded its time and was killed
+    PROMPT_TOO_LONG = "prompt_too_long"  # engine.max_model_len has no room for a completion; nothing was sampled
     INFRA_ABORT = "infra_abort"  # the engine gave the request up
+    BAD_LOGPROB = "bad_logprob"  # the engine returned a logprob that is not a finite number
 
     @property
     def scored(self) -> bool:
         """True when the reward may enter baseline and loss; the others are masked out and counted."""
-        return self in (Outcome.OK, Outcome.TRUNCATED)
+        return self is Outcome.OK or self is Outcome.TRUNCATED
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,7 @@ class Problem:
 
     id: str
     data: Mapping[str, Any]
+    completion_tokens: int | None = None  # benchmarks: so many are sampled, up to the limit, past any end token
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,8 +61,8 @@ from pipelinerl.algo import counterfactual, ratio_histogram
 from pipelinerl.algo.kl import ESTIMATORS
 from pipelinerl.algo.objective import Objective, Tokens
 from pipelinerl.config.schema import CorrectionConfig
+from pipelinerl.types import LAG_BUCKETS
 
-LAG_BUCKETS = 9  # lag 0 to 7, and 8 or more
 LAG_MEANS = ("abs_log_ratio", "k3", "clip_rate")
 QUANTILES = {"01": 0.01, "05": 0.05, "50": 0.5, "95": 0.95, "99": 0.99}
 

@@ -4,7 +4,7 @@ Arrays as they are and a header of JSON, nothing pickled: `numpy.load(path, allo
 Token ids, logprobs, advantages and weights come back to the last bit, which is what a replay needs. Texts are left out;
 the tokens say the same.
 
-    header       uint8 [.], JSON in UTF-8: step, rank, updates, groups
+    header       uint8 [.], JSON in UTF-8: step, rank, scale, updates, groups
     tokens       int32, of all turns of all rollouts in a row, context and completion alternating
     logprobs     float32, of the sampled ones among them
     refs         int32 [refs, 3] group, rollout and length of each sample that is trained on
@@ -48,6 +48,7 @@ class RecordedBatch:
     rank: int
     updates: tuple[RankBatch, ...]
     groups: tuple[RolloutGroup, ...]
+    scale: float | None = None  # of a streamed step: `updates` are its parts, whose gradients add up and are scaled
 
 
 def batch_path(folder: Path, step: int, rank: int) -> Path:
@@ -82,6 +83,7 @@ def _arrays(batch: RecordedBatch) -> dict[str, Any]:
     header = {
         "step": batch.step,
         "rank": batch.rank,
+        "scale": batch.scale,
         "updates": [
             {"kl_to_go": update.kl_to_go, "micro_batches": [len(refs) for refs in update.micro_batches]}
             for update in batch.updates
@@ -136,7 +138,7 @@ def _restored(arrays: dict[str, Any]) -> RecordedBatch:
         )
         for update in header["updates"]
     )
-    return RecordedBatch(header["step"], header["rank"], updates, groups)
+    return RecordedBatch(header["step"], header["rank"], updates, groups, header["scale"])
 
 
 def _refs(refs: Any, shares: Any) -> Iterator[SampleRef]:

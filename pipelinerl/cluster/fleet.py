@@ -111,6 +111,18 @@ class Fleet:
             "fleet/requeued": float(self.requeued),
         }
 
+    def describe(self) -> list[dict[str, Any]]:
+        """How every engine stands, for a hang report."""
+        return [
+            {
+                "engine": engine.index,
+                "state": engine.state.value,
+                "groups_in_flight": self._routing.load(engine.index),
+                "restarts": engine.restarts,
+            }
+            for engine in self.engines
+        ]
+
     async def _route(self, method: str, group_id: int, problem: Problem, *args: Any) -> tuple[GroupMeta, Any]:
         for _ in range(self._config.engine.max_requeues + 1):
             engine = await self._acquire()

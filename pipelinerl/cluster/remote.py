@@ -21,7 +21,12 @@ import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from pipelinerl.cluster.lifeline import end_with_parent
+from pipelinerl.cluster.pinning import Cores, pin_this_process
+from pipelinerl.cluster.waiting import noted
 from pipelinerl.errors import PipelineRLError, Stalled, TrainerLost, WorkerDied, WorkerFailed, first_line
+from pipelinerl.stacks import FOLDER as STACKS
+from pipelinerl.stacks import answer_stack_requests
 
 MAX_CONCURRENT_CALLS = 100_000
 GROUP_LOST = "a finished group is lost with the node that held it"
@@ -38,8 +43,13 @@ class Processes:
 class _Host:
     """Lives in the actor's process and holds the worker."""
 
-    def __init__(self, target: str, log_path: str, args: tuple[Any, ...]):
+    def __init__(self, target: str, log_path: str, args: tuple[Any, ...], cores: Cores | None):
         _log_to(Path(log_path))
+        end_with_parent()
+        answer_stack_requests(Path(log_path).parent / STACKS, Path(log_path).stem)
+        _talk_over_the_nodes_interface()
+        if cores is not None:  # before the threads of torch and vLLM
+            pin_this_process(cores)
         module, _, name = target.partition(":")
         self._worker = getattr(import_module(module), name)(*args)
 
@@ -120,8 +130,12 @@ class RemoteWorker:
         resources: Mapping[str, float],
         env: Mapping[str, str],
         is_async: bool,
+        cores: Cores | None = None,
     ) -> "RemoteWorker":
-        """Start `target` ("module:Class") with `args` in bundle number `bundle` of a placement group."""
+        """Start `target` ("module:Class") with `args` in bundle number `bundle` of a placement group.
+
+        With `cores` it is kept on those cores of its machine.
+        """
         host: Any = _AsyncHost if is_async else _SyncHost
         actor = host.options(
             name=None,
@@ -131,7 +145,7 @@ class RemoteWorker:
             max_concurrency=MAX_CONCURRENT_CALLS if is_async else None,
             runtime_env={"env_vars": dict(env)},
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
-        ).remote(target, str(log_path), args)
+        ).remote(target, str(log_path), args, cores)
         return cls(name, actor, log_path, is_async)
 
     async def call(self, method: str, *args: Any, timeout_s: float | None = None) -> Any:
@@ -168,8 +182,9 @@ class RemoteWorker:
 
     async def _wait(self, ref: Any, method: str, timeout_s: float | None) -> Any:
         try:
-            async with asyncio.timeout(timeout_s):
-                return await ref
+            with noted(self.name, method):
+                async with asyncio.timeout(timeout_s):
+                    return await ref
         except RayTaskError as error:  # first: Ray's copy of a worker's own TimeoutError is both
             cause = error.cause
             if isinstance(cause, PipelineRLError):
@@ -185,6 +200,14 @@ class RemoteWorker:
             raise WorkerDied(f"{self.name}: its process died during {method}; see {self._log_path}") from error
         except TimeoutError:
             raise Stalled(f"{self.name}: {method} took more than {timeout_s:g} s; see {self._log_path}") from None
+
+
+def _talk_over_the_nodes_interface() -> None:
+    """Have gloo use the network interface that carries the node's address, not what the host name happens to mean."""
+    address = ray.util.get_node_ip_address()
+    for interface, addresses in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
 def _log_to(path: Path) -> None:

@@ -69,7 +69,16 @@ class JsonlTask(Section):
     on_bad_row: Literal["error", "skip"] = Field("error", description="skip counts the rows it left out")
 
 
-TaskConfig = Annotated[SortTask | JsonlTask, Field(discriminator="kind")]
+class LengthsTask(_SyntheticTask):
+    """For benchmarks: completions of log-normal lengths that are drawn beforehand, with rewards that mean nothing."""
+
+    kind: Literal["lengths"] = "lengths"
+    median: PositiveInt = Field(64, description="tokens of a completion; none has more than sampling.max_tokens")
+    sigma: NonNegativeFloat = Field(0.0, description="of the length's logarithm; 0 = all are equal, 0.99 = p99/p50 10")
+    prompt_chars: PositiveInt = Field(16, description="letters of a prompt")
+
+
+TaskConfig = Annotated[SortTask | JsonlTask | LengthsTask, Field(discriminator="kind")]
 
 
 class GradingConfig(Section):
@@ -77,6 +86,9 @@ class GradingConfig(Section):
 
     processes: PositiveInt = Field(1, description="grader processes per rollout worker")
     timeout_s: PositiveFloat = Field(10.0, description="per completion; beyond it the outcome is verifier_timeout")
+    memory_mb: Annotated[int, Field(ge=128)] = Field(
+        2048, description="address space of a grader process; beyond it the outcome is env_error"
+    )
 
 
 class BatchConfig(Section):
@@ -92,6 +104,9 @@ class BatchConfig(Section):
     updates: PositiveInt = Field(
         1, description="optimizer updates per step, each on its share of the groups (PPO's mini-batches)"
     )
+    stream: bool = Field(
+        False, description="train on the groups of a step as they become ready; the gradient is that of the whole step"
+    )
     max_dropped_groups_in_a_row: PositiveInt = Field(
         64, description="give up (exit 5) when so many groups in a row were unusable"
     )
@@ -100,6 +115,15 @@ class BatchConfig(Section):
     def _updates_share_groups(self) -> "BatchConfig":
         if self.groups_per_step % self.updates:
             raise ValueError(f"updates={self.updates} does not divide groups_per_step={self.groups_per_step}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_update_while_groups_arrive(self) -> "BatchConfig":
+        if self.stream and self.updates > 1:
+            raise ValueError(
+                f"stream=true with updates={self.updates}: the weights would move while groups of the step are still "
+                "arriving; use updates=1 or stream=false"
+            )
         return self
 
 
@@ -243,6 +267,8 @@ class CorrectionConfig(Section):
         return [name for name in ("tis_token", "tis_sequence", "icepop") if getattr(self, name) is not None]
 
 
+# What an advantage is made from: the group, or all groups of the step.
+OF_THE_STEP = ("reinforce_pp", "reinforce_pp_baseline", "batch_std", "gdpo")
 Advantage = Literal["rloo", "grpo", "dr_grpo", "reinforce_pp", "reinforce_pp_baseline", "batch_std", "maxrl", "gdpo"]
 Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant", "prompt_mean"]
 Proximal = Literal["rollout", "recompute", "interpolate"]
@@ -421,7 +447,8 @@ class EngineConfig(Section):
     """
 
     count: PositiveInt = Field(1, description="engines")
-    tensor_parallel: PositiveInt = 1
+    tensor_parallel: PositiveInt = Field(1, description="workers that share every layer of an engine")
+    pipeline_parallel: PositiveInt = Field(1, description="workers that share the layers of an engine; GPU only")
     max_model_len: PositiveInt = Field(4096, description="prompt and completion together, tokens")
     max_num_seqs: PositiveInt = Field(256, description="sequences that decode together")
     max_num_batched_tokens: PositiveInt = Field(8192, description="tokens in one engine step")
@@ -487,6 +514,11 @@ class EngineConfig(Section):
             )
         return self
 
+    @property
+    def workers(self) -> int:
+        """Processes of one engine that hold a part of the model, each with a GPU of its own where there are GPUs."""
+        return self.tensor_parallel * self.pipeline_parallel
+
 
 class LoraConfig(Section):
     """Low-rank adapters through peft instead of full weights; merged into the weights that engines get."""
@@ -540,7 +572,9 @@ class TrainerConfig(Section):
 class WeightsConfig(Section):
     """How and when new weights reach the engines."""
 
-    backend: Literal["auto", "gloo", "nccl"] = Field("auto", description="auto: gloo on CPU, nccl on GPU")
+    backend: Literal["auto", "gloo", "nccl", "ipc"] = Field(
+        "auto", description="auto: gloo on CPU, nccl between GPUs, ipc where trainer and engine share the only GPU"
+    )
     every: PositiveInt = Field(1, description="optimizer steps between two updates")
     sync_mode: Literal["overlap", "blocking"] = Field(
         "overlap",
@@ -554,15 +588,25 @@ class WeightsConfig(Section):
 class AsyncConfig(Section):
     """How far generation may run ahead of training."""
 
-    mode: Literal["async", "sync"] = Field("async", description="sync alternates generation and training")
+    mode: Literal["async", "sync", "one_step_off"] = Field(
+        "async",
+        description="sync alternates generation and training; one_step_off generates a batch while the one before it "
+        "trains, and updates weights between batches",
+    )
     max_lag: NonNegativeInt | None = Field(
-        None, description="bound on the lag of any trained token, in optimizer steps; null = 2 in async, 0 in sync"
+        None,
+        description="bound on the lag of any trained token, in optimizer steps; null = 2 in async, 0 in sync, 1 in "
+        "one_step_off",
     )
 
     @model_validator(mode="after")
     def _sync_has_no_lag(self) -> "AsyncConfig":
         if self.mode == "sync" and self.max_lag not in (None, 0):
             raise ValueError(f"mode=sync trains on-policy, which contradicts max_lag={self.max_lag}; use max_lag=null")
+        if self.mode == "one_step_off" and self.max_lag not in (None, 1):
+            raise ValueError(
+                f"mode=one_step_off has a lag of 1, which contradicts max_lag={self.max_lag}; use max_lag=null"
+            )
         return self
 
     @property
@@ -570,7 +614,12 @@ class AsyncConfig(Section):
         """The bound in force, in optimizer steps."""
         if self.max_lag is not None:
             return self.max_lag
-        return 0 if self.mode == "sync" else 2
+        return {"sync": 0, "one_step_off": 1, "async": 2}[self.mode]
+
+    @property
+    def drains(self) -> bool:
+        """Whether a weight update waits until no completion is being sampled."""
+        return self.mode == "one_step_off"
 
 
 class EvalConfig(Section):
@@ -604,6 +653,10 @@ class ClusterConfig(Section):
     address: str = Field("local", description="local starts a Ray cluster for this run; otherwise one to join")
     num_cpus: PositiveInt | None = Field(None, description="of a local cluster; null = all cores")
     object_store_mb: Annotated[int, Field(ge=80)] | None = Field(None, description="of a local cluster")
+    pin_cores: bool = Field(
+        False, description="CPU only, local cluster only: each engine and each trainer rank on cores of its own"
+    )
+    placement_timeout_s: PositiveFloat = Field(60.0, description="to wait for room for all processes (else exit 3)")
     stall_timeout_s: PositiveFloat = Field(3600.0, description="stop (exit 4) when nothing finished for so long")
 
 
@@ -738,6 +791,11 @@ def _contradictions(config: RunConfig) -> "list[str]":
             f"async.max_lag={config.async_.lag_bound} with weights.every={config.weights.every}: tokens are up to "
             f"{config.weights.every - 1} steps old before an update is due; raise max_lag or lower every"
         )
+    if config.async_.drains and config.weights.every > 1:
+        found.append(
+            f"async.mode={config.async_.mode} with weights.every={config.weights.every}: batches would be up to "
+            f"{config.weights.every} steps old, not one; use every=1 or mode=async"
+        )
     if config.eval.every % config.weights.every:
         found.append(
             f"eval.every={config.eval.every} with weights.every={config.weights.every}: version {config.eval.every} "
@@ -765,8 +823,16 @@ def _contradictions(config: RunConfig) -> "list[str]":
             f"engine.max_num_batched_tokens={config.engine.max_num_batched_tokens} is smaller than "
             f"engine.max_num_seqs={config.engine.max_num_seqs}"
         )
-    if config.cluster.device == "cpu" and config.weights.backend == "nccl":
-        found.append("weights.backend=nccl needs GPUs, cluster.device=cpu has none; use weights.backend=auto")
+    if config.cluster.device == "cpu" and config.weights.backend in ("nccl", "ipc"):
+        found.append(
+            f"weights.backend={config.weights.backend} needs GPUs, cluster.device=cpu has none; "
+            "use weights.backend=auto"
+        )
+    if config.cluster.device == "cpu" and config.engine.pipeline_parallel > 1:
+        found.append(
+            f"engine.pipeline_parallel={config.engine.pipeline_parallel} with cluster.device=cpu: the CPU engine has "
+            "no pipeline stages; use engine.pipeline_parallel=1, and tensor_parallel to use more cores"
+        )
     if config.cluster.device == "cuda" and config.weights.backend == "gloo":
         found.append("weights.backend=gloo is the CPU transport, cluster.device=cuda wants nccl; use backend=auto")
     if config.cluster.device == "cpu":
@@ -797,6 +863,18 @@ def _contradictions(config: RunConfig) -> "list[str]":
                     f"cluster.{name}={getattr(config.cluster, name)} is for a local cluster, and "
                     f"cluster.address={config.cluster.address} joins one; use cluster=ray or cluster.{name}=null"
                 )
+    if config.batch.stream and config.algo.advantage in OF_THE_STEP:
+        found.append(
+            f"batch.stream=true with algo.advantage={config.algo.advantage}, which is made from the rewards of all "
+            "groups of the step; use an advantage of the group (rloo, grpo, dr_grpo, maxrl) or stream=false"
+        )
+    if config.cluster.pin_cores and config.cluster.device == "cuda":
+        found.append("cluster.pin_cores=true is for CPU runs, cluster.device=cuda; use pin_cores=false")
+    if config.cluster.pin_cores and config.cluster.address != "local":
+        found.append(
+            f"cluster.pin_cores=true shares out the cores of one machine, cluster.address={config.cluster.address} "
+            "may have more; use pin_cores=false"
+        )
     found += _share_contradictions(config)
     found += _reward_contradictions(config)
     found += _offload_contradictions(config)
@@ -806,6 +884,9 @@ def _contradictions(config: RunConfig) -> "list[str]":
         ("weights.timeout_s", config.weights.timeout_s),
         ("engine.hang_timeout_s", config.engine.hang_timeout_s),
         ("trainer.hang_timeout_s", config.trainer.hang_timeout_s),
+        ("engine.start_timeout_s", config.engine.start_timeout_s),  # of a restart
+        ("trainer.start_timeout_s", config.trainer.start_timeout_s),
+        ("grading.timeout_s", config.grading.timeout_s),
     ):
         if limit >= config.cluster.stall_timeout_s:
             found.append(

@@ -7,7 +7,10 @@ import pipelinerl.weights.gloo  # noqa: F401  registers the transport
 from pipelinerl.engine.hidden_states import HiddenStatesWorker
 from pipelinerl.engine.kv_policy import KVPolicyWorker
 from pipelinerl.engine.seeded import SeededWorker
+from pipelinerl.stacks import answer_as_told
 from pipelinerl.weights.canary import CanaryWorker
+
+answer_as_told("worker of an engine")
 
 
 class WorkerExtension(CanaryWorker, HiddenStatesWorker, KVPolicyWorker, SeededWorker):

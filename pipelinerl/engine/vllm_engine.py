@@ -21,6 +21,7 @@ from vllm.config import VllmConfig
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs import tokens_input
+from vllm.logprobs import FlatLogprobs
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -46,8 +47,9 @@ def engine_args(config: RunConfig, backend: str, seed: int) -> AsyncEngineArgs:
         trust_remote_code=False,
         seed=seed,
         tensor_parallel_size=engine.tensor_parallel,
+        pipeline_parallel_size=engine.pipeline_parallel,
         # Inside a Ray actor vLLM would have Ray place the workers; they belong beside it, on the GPUs of its bundle.
-        distributed_executor_backend="mp" if engine.tensor_parallel > 1 else None,
+        distributed_executor_backend="mp" if engine.workers > 1 else None,
         max_model_len=engine.max_model_len,
         max_num_seqs=engine.max_num_seqs,
         max_num_batched_tokens=engine.max_num_batched_tokens,
@@ -82,6 +84,7 @@ def resolved_settings(config: VllmConfig) -> dict[str, Any]:
         "max_num_seqs": config.scheduler_config.max_num_seqs,
         "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
         "tensor_parallel": config.parallel_config.tensor_parallel_size,
+        "pipeline_parallel": config.parallel_config.pipeline_parallel_size,
         "enforce_eager": bool(config.model_config.enforce_eager),
         "seed": config.model_config.seed,
         "v2_model_runner": bool(config.use_v2_model_runner),
@@ -132,7 +135,8 @@ class VllmEngine:
         vllm_config = engine_args(config, backend, seed=config.seed + index).create_engine_config()
         settings = resolved_settings(vllm_config)
         check_settings(config, settings)
-        engine = cls(AsyncLLM.from_vllm_config(vllm_config), settings, config.engine, config.parity.canary, index)
+        llm = AsyncLLM.from_vllm_config(vllm_config, disable_log_stats=True)  # not read from the arguments here
+        engine = cls(llm, settings, config.engine, config.parity.canary, index)
         await engine._llm.update_weight_version("0")
         await engine._llm.collective_rpc("discarded_tokens_draw_nothing")
         return engine
@@ -144,9 +148,10 @@ class VllmEngine:
         max_tokens: int,
         with_argmax: bool = False,
         seed: int | None = None,
+        past_end: bool = False,
     ) -> Completion:
         """Sample one completion, with a generator of its own if there is a `seed`. `text` is left empty: the caller
-        has the tokenizer.
+        has the tokenizer. `past_end`: always to `max_tokens`.
 
         Raises WorkerDied when the engine is gone.
         """
@@ -155,9 +160,12 @@ class VllmEngine:
             seed=seed,
             temperature=temperature,
             max_tokens=min(max_tokens, self._config.max_model_len - len(prompt)),
+            ignore_eos=past_end,
             logprobs=1 if with_argmax else 0,  # of the sampled token, and of the most likely one
+            flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_clone=True,  # it is of this request alone
         )
         salt = f"version {self.version}" if self._config.cache_salt == "version" else None
         inputs = tokens_input(list(prompt), cache_salt=salt)
@@ -302,13 +310,12 @@ def _wrong_on_any(ranks: Sequence[Mapping[str, str]]) -> list[str]:
 def _completion(
     output: CompletionOutput, with_argmax: bool, made_anew: Callable[[Sequence[VersionSpan]], tuple[int, ...]]
 ) -> Completion:
-    tokens = np.array(output.token_ids, np.int32)
-    assert output.logprobs is not None
-    logprobs = np.array(
-        [entry[token].logprob for entry, token in zip(output.logprobs, tokens.tolist(), strict=True)], np.float32
-    )
-    argmax = None
-    if with_argmax:
-        argmax = np.array([max(entry, key=lambda token: entry[token].logprob) for entry in output.logprobs], np.int32)
+    tokens, found = np.array(output.token_ids, np.int32), output.logprobs
+    assert isinstance(found, FlatLogprobs)
+    entries = 2 if with_argmax else 1  # at each place: the sampled token, and then the most likely one
+    named = np.array(found.token_ids, np.int32).reshape(-1, entries)
+    logprobs = np.array(found.logprobs, np.float32).reshape(-1, entries)[:, 0]
+    assert np.array_equal(named[:, 0], tokens), "logprobs of other tokens than the sampled ones"
     spans = tuple(VersionSpan(int(s.version), s.start, s.end) for s in output.weight_versions or ())
+    argmax = named[:, 1] if with_argmax else None
     return Completion(tokens, logprobs, spans, output.finish_reason or "abort", "", argmax, made_anew(spans))

@@ -23,10 +23,10 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from pipelinerl.algo.diagnostics import LAG_BUCKETS
 from pipelinerl.parity.findings import percent
 from pipelinerl.parity.limits import Limits, exceeded
 from pipelinerl.parity.statistics import Statistics
+from pipelinerl.types import LAG_BUCKETS
 
 WINDOW = 20  # steps
 ENOUGH_TOKENS = 1000  # a mean over so many is not noise

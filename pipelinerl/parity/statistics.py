@@ -8,11 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from pipelinerl.algo.losses import LossInputs, policy_loss
-from pipelinerl.algo.proximal import proximal_of
 from pipelinerl.config.schema import AlgoConfig
 from pipelinerl.parity.results import PHASES, Evidence
 from pipelinerl.types import BoolArray, IntArray
@@ -62,6 +59,8 @@ def statistics(
 
     The clip rate is that of whole sequences: tokens outside the mask still count in a sequence-level ratio.
     """
+    from pipelinerl.parity.clipping import clipped  # brings torch, which costs a driver without a probe seconds
+
     keep = np.ones(len(evidence.engine), np.bool_) if mask is None else mask
     count = int(keep.sum())
     if not count:
@@ -85,7 +84,7 @@ def statistics(
         ratio_mean=float(ratio.mean()),
         token_mult_prob_error=float(mult_error.mean()),
         frac_out=float((size > math.log(2)).mean()),
-        clip_rate=float(_clipped(evidence, algo, temperature)[keep].mean()),
+        clip_rate=float(clipped(evidence, algo, temperature)[keep].mean()),
         argmax_flips=None if evidence.flips is None else float(evidence.flips[keep].mean()),
     )
 
@@ -124,34 +123,3 @@ def standard_error(values: Doubles, sequence: IntArray) -> float:
         return math.inf
     sums = np.bincount(index, weights=values - values.mean(), minlength=sequences)
     return math.sqrt(sequences / (sequences - 1) * float((sums**2).sum())) / len(values)
-
-
-def _clipped(evidence: Evidence, algo: AlgoConfig, temperature: float | None) -> BoolArray:
-    """[N] where the run's own loss reports a bound as active for A = +1 or for A = -1.
-
-    A token without a finite ratio counts too: the objective cannot use it. At lag 0, which this is about, a proximal
-    policy of its own is the trainer's: then the objective clips no noise, a correction weighs it.
-    """
-    finite = np.isfinite(differences(evidence, temperature))
-    trainer = evidence.trainer[evidence.temperature if temperature is None else temperature]
-    proximal = evidence.engine if proximal_of(algo) == "rollout" else trainer
-    clipped = ~finite
-    if _capped_at_one(algo):
-        return clipped
-    for advantage in (1.0, -1.0):
-        inputs = LossInputs(
-            logprobs_new=torch.tensor(trainer),
-            logprobs_old=torch.tensor(proximal),
-            logprobs_rollout=torch.tensor(evidence.engine),
-            advantages=torch.full((len(finite),), advantage),
-            mask=torch.tensor(finite),
-            sequence=torch.tensor(evidence.sequence.astype(np.int64)),
-        )
-        clipped |= policy_loss(inputs, algo).clipped.numpy() != 0
-    return clipped
-
-
-def _capped_at_one(algo: AlgoConfig) -> bool:
-    """True of importance weights of at most 1 (TOPR): whatever the noise, half of the tokens are at the cap by design,
-    and what the cap takes from a weight, whose gradient stays, is the noise and no more."""
-    return float(getattr(algo, "max_ratio", math.inf)) <= 1

@@ -14,14 +14,22 @@ MAX_REPLY = 1 << 20  # bytes
 PASSED_ON = ("PATH", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH")
 
 
+class GraderDied(WorkerDied):
+    """The process ended by itself, or was killed by somebody else, while it was asked for a verdict."""
+
+
 class BadReply(Exception):
     """The grader wrote something that is not a reply."""
 
 
 class Grader:
-    """One grader process at a time, one request at a time. A stopped one starts anew when it is next used."""
+    """One grader process at a time, one request at a time. A stopped one starts anew when it is next used.
 
-    def __init__(self) -> None:
+    `memory_mb` bounds its address space, in MiB: what a scorer allocates beyond raises MemoryError there.
+    """
+
+    def __init__(self, memory_mb: int) -> None:
+        self._memory_mb = memory_mb
         self._process: asyncio.subprocess.Process | None = None
         self._killed: asyncio.subprocess.Process | None = None  # not yet reaped
         self._loaded: set[str] = set()
@@ -35,7 +43,8 @@ class Grader:
         """Start the process and wait until it answers."""
         await self._reap()
         self._loaded.clear()
-        command = [sys.executable, "-P", "-m", "pipelinerl.tasks.grader_child", str(os.getpid())]
+        limits = [str(os.getpid()), str(self._memory_mb << 20)]
+        command = [sys.executable, "-P", "-m", "pipelinerl.tasks.grader_child", *limits]
         pipe = asyncio.subprocess.PIPE
         self._process = await asyncio.create_subprocess_exec(
             *command, stdin=pipe, stdout=pipe, env=_environment(), limit=MAX_REPLY
@@ -99,7 +108,7 @@ class Grader:
             raise WorkerDied("the grader pool was closed while it graded")
         return self._process
 
-    async def _death(self) -> WorkerDied:
+    async def _death(self) -> GraderDied:
         """Why the pipe broke."""
         process = self._alive()
         try:
@@ -109,7 +118,9 @@ class Grader:
             process.kill()
             code = await process.wait()
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-        return WorkerDied(f"grader process {process.pid} {how} (a scorer may have made it exit or run out of memory)")
+        return GraderDied(
+            f"grader process {process.pid} {how} (a scorer may have made it exit, or the machine ran out of memory)"
+        )
 
     def kill(self) -> None:
         """End the process without waiting."""

@@ -18,7 +18,6 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
-ADDRESS_SPACE = 2 << 30  # bytes
 MAX_DETAIL = 2000  # characters of an error's text
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -26,10 +25,10 @@ Scorer = Callable[..., "float | Mapping[str, float]"]
 
 
 def main() -> None:
-    """Serve until stdin closes. `argv[1]` is the process that must be alive."""
+    """Serve until stdin closes. `argv[1]` is the process that must be alive, `argv[2]` the address space in bytes."""
     _die_with(int(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides when to stop
-    _limit(resource.RLIMIT_AS, ADDRESS_SPACE)
+    _limit(resource.RLIMIT_AS, int(sys.argv[2]))
     _limit(resource.RLIMIT_CORE, 0)
     requests, replies = _claim_pipes()
     _send(replies, {})

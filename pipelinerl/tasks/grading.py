@@ -2,8 +2,9 @@
 
     grade() --- free graders (FIFO) ---> Grader (grader.py) --- JSON lines ---> grader_child.py
 
-A scorer that takes too long is killed with its process and costs one `verifier_timeout`; one that raises costs one
-`env_error`. A process that ends by itself is a WorkerDied.
+A scorer that takes too long is killed with its process and costs one `verifier_timeout`; one that raises or takes more
+than `memory_mb` costs one `env_error`, and so does a process that ends by itself or is killed: another takes its place.
+A scorer that always fails ends the run by `batch.max_dropped_groups_in_a_row`, with what it died of.
 """
 
 import asyncio
@@ -14,19 +15,20 @@ from typing import Any
 
 from pipelinerl.errors import Stalled, WorkerDied
 from pipelinerl.tasks.base import Score
-from pipelinerl.tasks.grader import START_TIMEOUT_S, BadReply, Grader
+from pipelinerl.tasks.grader import START_TIMEOUT_S, BadReply, Grader, GraderDied
 from pipelinerl.types import Outcome
 
 
 class GraderPool:
-    """`processes` graders that share a queue; `timeout_s` is per completion and does not count the wait in it.
+    """`processes` graders that share a queue; `timeout_s` is per completion and does not count the wait in it;
+    `memory_mb` is the address space of one, in MiB.
 
     Must be started and used on a thread that lives as long as the pool: the kernel ends the graders with the thread
     that started them. A scorer must not start processes of its own: only the grader itself is killed.
     """
 
-    def __init__(self, processes: int, timeout_s: float) -> None:
-        self._graders = [Grader() for _ in range(processes)]
+    def __init__(self, processes: int, timeout_s: float, memory_mb: int = 2048) -> None:
+        self._graders = [Grader(memory_mb) for _ in range(processes)]
         self._timeout_s = timeout_s
         self._free: asyncio.Queue[Grader] = asyncio.Queue()
         self._open = False
@@ -54,8 +56,9 @@ class GraderPool:
     async def grade(self, scorer: str, kwargs: Mapping[str, Any]) -> Score:
         """Run `scorer` ("package.module:function") on `kwargs` (JSON) in a grader.
 
-        A timeout, an exception or a reward that is no finite number is told by the score's outcome. Raises ConfigError
-        when the scorer cannot be imported, WorkerDied when the grader died by itself or the pool was closed.
+        A timeout, an exception, a dead grader or a reward that is no finite number is told by the score's outcome.
+        Raises ConfigError when the scorer cannot be imported, WorkerDied when a grader does not start or the pool was
+        closed.
         """
         try:
             request = json.dumps({"scorer": scorer, "kwargs": dict(kwargs)})
@@ -66,10 +69,12 @@ class GraderPool:
         try:
             return await self._grade_on(grader, scorer, request)
         finally:
-            self._free.put_nowait(grader)  # also a dead one: whoever gets it learns so
+            self._free.put_nowait(grader)  # a dead one too: it starts when it is next used
 
     async def _grade_on(self, grader: Grader, scorer: str, request: str) -> Score:
         self._check_open()
+        if grader.pid is None:  # it died while nobody used it
+            await grader.stop()
         try:
             await grader.load(scorer)
             async with asyncio.timeout(self._timeout_s):
@@ -80,6 +85,10 @@ class GraderPool:
         except BadReply as error:
             await grader.stop()
             return _env_error(f"{scorer} broke the grader's output: {error}")
+        except GraderDied as error:
+            self._check_open()  # else it was ended with the pool
+            await grader.stop()
+            return _env_error(f"{scorer}: {error}")
         except asyncio.CancelledError:
             grader.kill()  # its late reply must not be taken for the next one's
             raise

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pipelinerl.batch.record import RecordedBatch, batch_path, write_batch
@@ -22,10 +23,15 @@ class BatchRecorder:
         except OSError as error:
             raise EnvironmentProblem(f"{folder} cannot be made: {error.strerror or error}; {_WAY_OUT}") from error
 
-    def begin(self, step: int, updates: Sequence[RankBatch], groups: Sequence[RolloutGroup]) -> None:
-        """Start to write the batch of `step`. Raises EnvironmentProblem when the one before could not be written."""
+    def begin(
+        self, step: int, updates: Sequence[RankBatch], groups: Sequence[RolloutGroup], scale: float | None = None
+    ) -> None:
+        """Start to write the batch of `step`; `scale` as in RecordedBatch.
+
+        Raises EnvironmentProblem when the one before could not be written.
+        """
         self.finish()
-        batch = RecordedBatch(step, self._rank, tuple(updates), tuple(groups))
+        batch = RecordedBatch(step, self._rank, tuple(updates), tuple(groups), scale)
         self._thread = threading.Thread(target=self._write, args=(batch,), name="batches", daemon=True)
         self._thread.start()
 
@@ -44,6 +50,22 @@ class BatchRecorder:
             self._error = EnvironmentProblem(f"cannot write {path}: {error.strerror or first_line(error)}; {_WAY_OUT}")
         except Exception as error:  # a thread's traceback would be seen by nobody
             self._error = EnvironmentProblem(f"cannot record step {batch.step}: {type(error).__name__}: {error}")
+
+
+def joined(
+    parts: Sequence[tuple[RankBatch, Sequence[RolloutGroup]]],
+) -> tuple[list[RankBatch], list[RolloutGroup]]:
+    """The parts of a streamed step, each of which counts its own groups, as batches that count all groups."""
+    batches: list[RankBatch] = []
+    groups: list[RolloutGroup] = []
+    for batch, own in parts:
+        rows = (
+            tuple(replace(ref, group=ref.group + len(groups)) for ref in micro_batch)
+            for micro_batch in batch.micro_batches
+        )
+        batches.append(replace(batch, micro_batches=tuple(rows)))
+        groups += own
+    return batches, groups
 
 
 _WAY_OUT = "make room, or set journal.batches=false"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from pipelinerl.config.schema import SortTask
+from pipelinerl.metrics.evals import read_evaluation
 from pipelinerl.metrics.log import read_metrics
 from pipelinerl.metrics.rollouts import read_rollouts
 from pipelinerl.tasks.registry import build_task
@@ -79,6 +80,25 @@ def test_the_exported_model_reproduces_the_reported_accuracy(quickstart: tuple[P
     reported = of_kind(run_dir, "eval")[-1]["eval/sort/accuracy"]
     measured = (transformers_accuracy if program == "transformers" else vllm_accuracy)(run_dir / "model")
     assert measured == pytest.approx(reported, abs=2 / 256)  # two near ties among 256 greedy completions
+
+
+def test_the_eval_command_reproduces_the_last_evaluation_of_the_run(quickstart: tuple[Path, str]) -> None:
+    run_dir, _ = quickstart
+    command = TrainCommand(run_dir.parent / "evaluated", [f"--checkpoint={run_dir}"], command="eval")
+    try:
+        assert command.exit_code(240) == 0, command.output
+        assert command.leftovers() == []
+    finally:
+        command.close()
+    assert "\n  avg@1 " in command.output and "Traceback" not in command.output
+    assert not (command.run_dir / "logs" / "trainer_rank_0.log").exists()  # engines only
+    reported, measured = read_evaluation(run_dir, STEPS), read_evaluation(command.run_dir, 0)
+    assert [row["problem_id"] for row in measured] == [row["problem_id"] for row in reported]
+    pairs = list(zip(measured, reported, strict=True))
+    assert sum(m["rewards"] != r["rewards"] for m, r in pairs) <= 2  # near ties among 256 greedy completions
+    figure = json.loads((command.run_dir / "eval.json").read_text())["figures"]["avg@1"]
+    assert figure["value"] == sum(row["rewards"][0] for row in measured) / 256
+    assert figure["low"] < figure["value"] < figure["high"] and figure["problems"] == 256
 
 
 def eval_problems() -> tuple[list[str], list[str]]:
@@ -155,12 +175,16 @@ def test_updates_land_inside_long_completions(random_model: Path, tmp_path: Path
 
 
 def test_the_users_data_in_sync_mode_on_two_ranks_in_bf16(quickstart: tuple[Path, str], tmp_path: Path) -> None:
-    data = ROOT / "pipelinerl" / "tasks" / "data" / "word_problems.jsonl"
+    """Fewer problems than a batch, and one of them has no room for an answer: it is counted, and the run goes on."""
+    examples = (ROOT / "pipelinerl" / "tasks" / "data" / "word_problems.jsonl").read_text().splitlines()[:5]
+    data = tmp_path / "mine.jsonl"
+    data.write_text("\n".join([*examples, json.dumps({"prompt": "count " + "1 " * 600, "answer": "600"})]) + "\n")
     steps = run_to_the_end(
         tmp_path / "run",
         "async.mode=sync",
         "task=jsonl",
         f"task.path={data}",
+        "task.eval_fraction=0",
         f"model.path={ROOT / 'models' / 'tiny'}",
         "model.dtype=bfloat16",
         "trainer.ranks=2",
@@ -173,5 +197,11 @@ def test_the_users_data_in_sync_mode_on_two_ranks_in_bf16(quickstart: tuple[Path
         assert record["staleness/max"] == 0 and record["outcome/env_error"] == 0
         assert record["mismatch/tokens"] == record["completion/tokens_sum"]
         assert 0 < record["mismatch/abs_logprob_mean"] < 2e-2  # bf16 kernels differ; a wrong head would give 0.1
+    ledger = json.loads((tmp_path / "run" / "ledger.json").read_text())
+    trained = [ticket for tickets in ledger["trained"].values() for ticket in tickets]
+    assert len(trained) == 24 and set(ledger["dropped"]) == {"prompt_too_long"}
+    assert sorted(trained + ledger["dropped"]["prompt_too_long"]) == list(range(ledger["drawn"]))
+    assert sum(record.get("groups/prompt_too_long", 0) for record in steps) > 0
     rows = read_rollouts(tmp_path / "run")
-    assert rows[0]["problem_id"].startswith("train/") and "<|user|>" in rows[0]["prompt"]
+    assert all(row["problem_id"].startswith("train/") and "<|user|>" in row["prompt"] for row in rows)
+    assert len({row["problem_id"] for row in rows}) <= 5

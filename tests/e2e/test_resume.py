@@ -2,10 +2,8 @@
 
 import json
 import math
-import os
 import random
 import re
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from tests.e2e.harness import TrainCommand
 from tests.e2e.test_main_job import ROOT
 
 STEPS = 10
+GONE_S = 20
 SMALL = [
     f"model.path={ROOT / 'models' / 'tiny'}",  # made by quickstart.sh: a random model would have no reward
     f"steps={STEPS}",
@@ -44,13 +43,20 @@ def finish(run: TrainCommand) -> str:
         run.close()
 
 
-def kill(run: TrainCommand, after_step: int, saved: int) -> None:
-    """SIGKILL to everything, once so many steps are on file and the checkpoint of step `saved` too."""
+def kill_driver(run: TrainCommand, after_step: int, saved: int) -> None:
+    """SIGKILL to the driver alone, once so many steps are on file and the checkpoint of step `saved` too.
+
+    Nobody is left to clean up, and yet Ray, engines, ranks and graders end within GONE_S.
+    """
     run.wait_for_step(after_step)
     run.wait_until(lambda: (run.run_dir / "checkpoints" / f"step_{saved:06d}").exists(), "checkpoint", 60)
-    os.killpg(run.process.pid, signal.SIGKILL)
+    assert len(run.processes()) > 8, "the harness sees all processes"
+    run.process.kill()
     run.process.wait()
-    run.close()
+    try:
+        assert run.leftovers(GONE_S) == []
+    finally:
+        run.close()
 
 
 def numbers(run_dir: Path) -> dict[int, list[dict[str, Any]]]:
@@ -66,7 +72,7 @@ def test_in_sync_mode_every_loss_and_reward_is_the_same_to_the_last_bit(tmp_path
     """The killed run went on beyond its checkpoint: the steps that are done again have been done without a break."""
     overrides, saved = [*SMALL, "async.mode=sync", "checkpoint.every=5"], 5
     run_dir = tmp_path / "run"
-    kill(TrainCommand(run_dir, overrides), after_step=random.Random(4).choice([7, 8]), saved=saved)
+    kill_driver(TrainCommand(run_dir, overrides), after_step=random.Random(4).choice([7, 8]), saved=saved)
     before = numbers(run_dir)
     output = finish(TrainCommand(run_dir, overrides))
     assert "resuming from" in output
@@ -84,7 +90,7 @@ def killed_and_resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     """The directory of an async run that was killed once, and the ledger of the checkpoint it went on from."""
     run_dir = tmp_path_factory.mktemp("async") / "run"
     overrides = [*SMALL, "async.max_lag=2", "checkpoint.every=2", "checkpoint.keep_last=9"]
-    kill(TrainCommand(run_dir, overrides), after_step=3, saved=2)
+    kill_driver(TrainCommand(run_dir, overrides), after_step=3, saved=2)
     output = finish(TrainCommand(run_dir, overrides))
     step = int(re.findall(r"resuming from .*step_(\d+)", output)[0])
     saved = json.loads((run_dir / "checkpoints" / f"step_{step:06d}" / "driver.json").read_text())

@@ -1,6 +1,6 @@
 """What each of the four fixes is worth: left out, it moves its own metric, and the verdict names its layer.
 
-A bfloat16 body whose logits reach 15 to 20, as those of real models do. Every statement holds for three seeds, each
+A bfloat16 body whose logits reach 15 to 20, as those of real models do. Every statement holds for two seeds, each
 with problems of its own.
 """
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1)
 SYSTEM_PROMPT = "Write the digits of the number in ascending order, and nothing else."
 SECTIONS: dict[str, dict[str, Any]] = {
     "task": {"digits": 6, "system_prompt": SYSTEM_PROMPT},
@@ -127,7 +127,7 @@ async def preflight_refuses_or_warns(bench: "Bench", run_dir: Path) -> None:
     assert await begin("off") is None and said == []
 
 
-@BOTH
+@TIED
 async def test_a_bf16_head_in_the_engine_adds_rounding_noise(reference: "Bench", model: Path) -> None:
     """That is what a system does that leaves tied heads out of the fix."""
     from tests.integration.bench import bench

@@ -37,15 +37,14 @@ class Layout:
 
 
 FP32 = [Layout(0, 2), Layout(1, 2), Layout(3, 2)]
-BF16 = [Layout(0, 1, "bfloat16"), Layout(1, 2, "bfloat16"), Layout(3, 2, "bfloat16")]
-OTHERS = [Layout(1, 2, optimizer="sgd"), Layout(3, 2, optimizer="adam"), Layout(2, 2, offload=True)]
+BF16 = [Layout(0, 1, "bfloat16"), Layout(3, 2, "bfloat16")]
+OTHERS = [Layout(1, 2, optimizer="sgd"), Layout(2, 2, offload=True)]
 LAYOUTS = [*FP32, *BF16, *OTHERS]
 MOVES = [  # a checkpoint of the first is loaded by the second
     (Layout(1, 2), Layout(0, 1)),
     (Layout(1, 2), Layout(3, 2)),
     (Layout(3, 2), Layout(2, 1)),
     (Layout(0, 2), Layout(1, 2)),
-    (Layout(1, 2, "bfloat16"), Layout(3, 1, "bfloat16")),
     (Layout(3, 2, "bfloat16"), Layout(0, 2, "bfloat16")),
 ]
 

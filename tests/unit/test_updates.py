@@ -7,7 +7,7 @@ from pipelinerl.types import GroupMeta, Outcome, RolloutMeta, SampleKL
 from pipelinerl.updates import make_batches, why_unusable
 from tests.unit.fakes import references, small_config
 
-OK, ERROR, TRUNCATED = Outcome.OK, Outcome.ENV_ERROR, Outcome.TRUNCATED
+OK, ERROR, TRUNCATED, TOO_LONG = Outcome.OK, Outcome.ENV_ERROR, Outcome.TRUNCATED, Outcome.PROMPT_TOO_LONG
 PROMPT = 3
 
 
@@ -155,6 +155,8 @@ def test_fewer_groups_than_updates_make_fewer_updates():
     ("meta", "settings", "reason"),
     [
         (group([1, 0], outcomes=[OK, ERROR]), [], "errored"),
+        (group([0, 0], outcomes=[TOO_LONG, TOO_LONG]), [], "prompt_too_long"),
+        (group([1, 0, 0], outcomes=[OK, TOO_LONG, ERROR]), [], "errored"),
         (group([1, 1]), [], None),
         (group([1, 1]), ["batch.zero_variance=refill"], "zero_variance"),
         (group([1, 0]), ["batch.zero_variance=refill"], None),
