@@ -14,6 +14,7 @@ most engines is above --max-growth times that with the fewest.
 import argparse
 import asyncio
 import cProfile
+import gc
 import pstats
 import random
 import sys
@@ -205,6 +206,8 @@ def measure(args: argparse.Namespace, engines: int) -> tuple[float, float]:
 async def timed(run: Run, fleet: Fleet) -> tuple[float, float]:
     """Seconds and CPU seconds from the first group to the last step, with the heartbeats of all engines."""
     await fleet.start()
+    gc.collect()
+    gc.freeze()  # as a run does
     start, cpu = time.perf_counter(), time.process_time()
     async with background(fleet.supervise()):
         await train(run)
