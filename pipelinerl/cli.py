@@ -26,6 +26,7 @@ class Command:
 COMMANDS = {
     "train": Command("pipelinerl.commands.train:main", "train a model (--dry-run: only show what would be done)"),
     "parity": Command("pipelinerl.commands.parity:main", "measure whether the engine's logprobs are the trainer's"),
+    "eval": Command("pipelinerl.commands.eval:main", "evaluate a model on the held-out problems of a task"),
     "make-tiny": Command("pipelinerl.tiny.make:main", "make the tiny models of the quickstart"),
 }
 

@@ -59,6 +59,10 @@ class WeightSyncError(PipelineRLError):
     """A weight update did not complete; the engine it names serves nothing until a full update reaches it."""
 
 
+class EvaluationError(PipelineRLError):
+    """An evaluation could not be had at one version: its engines sampled by another one."""
+
+
 class TokenPrefixError(PipelineRLError):
     """A turn of an episode does not extend the tokens of the turns before it."""
 

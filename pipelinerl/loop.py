@@ -6,6 +6,7 @@
 
     train   consumes the groups of a step      waits for  buffer.take         unblocked by  fill
     fill    consumes problems and places       waits for  buffer.admit        unblocked by  train (published)
+    land    consumes updates under way         waits for  engines to serve    unblocked by  the publisher
     refit   consumes restarted engines         waits for  the trainer         unblocked by  train (between two steps)
     watch   consumes nothing                   waits for  time                ends the run when nothing is finished
     finish  consumes snapshots                 waits for  the ranks' writers  unblocked by  the disk
@@ -18,9 +19,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
-
-import numpy as np
 
 from pipelinerl.checkpoint.driver_state import DriverState
 from pipelinerl.checkpoint.saver import Saver
@@ -33,6 +33,9 @@ from pipelinerl.metrics.records import group_metrics
 from pipelinerl.metrics.rollouts import RolloutWriter
 from pipelinerl.parity.alarm import Alarm
 from pipelinerl.rollout.buffer import GroupBuffer
+from pipelinerl.rollout.dedicated import DedicatedEvaluations
+from pipelinerl.rollout.evaluate import Evaluator
+from pipelinerl.streamed import StreamedStep
 from pipelinerl.tasks.base import Task
 from pipelinerl.tasks.stream import ProblemStream
 from pipelinerl.types import FleetEvent, FloatArray, GroupMeta, Problem, RankBatch, SampleKL, StepResult
@@ -51,6 +54,8 @@ class Rollouts(Protocol):
     async def stale(self) -> None:
         """Wait until an engine needs the current weights."""
 
+    evaluator_joins: bool  # whether the engine that only evaluates, if there is one, is in the next update
+
     def busy_s(self) -> float: ...
 
     def metrics(self) -> dict[str, float]: ...
@@ -61,13 +66,20 @@ class Trainer(Protocol):
 
     async def step(self, updates: Sequence[Sequence[RankBatch]], payloads: Sequence[Any]) -> StepResult: ...
 
+    async def begin_step(self) -> None: ...
+
+    async def accumulate(self, batches: Sequence[RankBatch], payloads: Sequence[Any], last: bool) -> None: ...
+
+    async def finish_step(self, scale: float) -> StepResult: ...
+
     async def reference_kl(self, updates: Sequence[Sequence[RankBatch]], payloads: Sequence[Any]) -> list[SampleKL]: ...
 
 
 class WeightPublisher(Protocol):
     """Weight updates, as the loop uses them."""
 
-    async def publish(self, version: int, changed: bool | None = None) -> dict[str, float]: ...
+    async def begin(self, version: int, changed: bool | None = None) -> asyncio.Task[dict[str, float]]:
+        """Return when the trainer may change its weights again. The task ends when the engines serve `version`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +106,7 @@ class Run:
     saver: Saver
     start: int = 0  # steps that were done before
     alarm: Alarm | None = None
+    dedicated: DedicatedEvaluations | None = None  # with eval.engine=dedicated
     tell: Callable[[str], None] = print  # a line for the person who watches
     ending: Ending = field(default_factory=Ending)
     generated_tokens: int = 0
@@ -103,6 +116,8 @@ class Run:
     version: int = 0  # of the trainer's weights
     trainer_is_free: asyncio.Lock = field(default_factory=asyncio.Lock)  # between its steps, and what belongs to them
     unpublished: list[StepResult] = field(default_factory=list)  # of the steps since the last weight update
+    landing: asyncio.Queue[tuple[int, asyncio.Task[dict[str, float]]]] = field(default_factory=asyncio.Queue)
+    sync: dict[str, float] = field(default_factory=dict)  # metrics of the last update that is not logged yet
     last_progress: float = field(default_factory=time.monotonic)
 
     def resume(self, state: DriverState) -> None:
@@ -129,30 +144,30 @@ class Run:
 
 async def train(run: Run) -> None:
     """prompt -> rollouts -> group -> advantages -> packed batch -> loss -> step -> broadcast -> engines."""
-    async with background(watch(run), run.saver.finish()):
-        await run.publisher.publish(run.start)
+    dedicated = [run.dedicated.finish()] if run.dedicated else []
+    async with background(watch(run), run.saver.finish(), land(run), *dedicated):
+        await publish(run, first=True)
         if run.start == 0:
             await evaluate(run, version=0)
         async with background(fill(run), refit(run)):
             for step in range(run.start + 1, run.config.steps + 1):
                 meter = Meter.start(run)
-                groups = await run.buffer.take()
-                async with run.trainer_is_free:
-                    batches = await prepare(run, step, groups)
-                    result, _ = await together(
-                        run.trainer.step(batches.updates, [group.payload for group in groups]),
-                        write_rollouts(run, step, groups, batches.advantages),
-                    )
-                    settle(run, step, groups, result)
-                    sync = await publish(run) if update_is_due(run, step) else {}
-                metrics = meter.stop(run, groups, result) | batches.metrics | sync
+                trained = await (stream if run.config.batch.stream else whole)(run, step)
+                if update_is_due(run, step):
+                    await publish_after(run)
+                metrics = (
+                    meter.stop(run, trained.groups, trained.result) | trained.batches.metrics | news_of_updates(run)
+                )
                 run.log.log("train", step, metrics)
-                check_skipped(run, result)
-                check_parity(run, step, result)
+                check_skipped(run, trained.result)
+                check_parity(run, step, trained.result)
                 await save(run, step, metrics | await evaluate(run, version=step))
                 if run.ending.wished:
                     break
+        await landed(run)
         await run.saver.all_done()
+        if run.dedicated is not None:
+            await run.dedicated.all_done()
 
 
 async def fill(run: Run) -> None:
@@ -209,6 +224,54 @@ async def watch(run: Run) -> None:
             )
 
 
+def update_is_due(run: Run, step: int) -> bool:
+    return step % run.config.weights.every == 0 or step == run.config.steps
+
+
+async def publish_after(run: Run) -> None:
+    """Publish what a step made; in the modes in which a completion is of one version, once all of them are complete.
+
+    The trainer is free while it waits for them, so that an engine that is restarted meanwhile can be brought up.
+    """
+    if run.config.async_.drains:
+        await landed(run)  # the update before this one admits the groups to wait for
+        await run.buffer.drained()
+    async with run.trainer_is_free:
+        await publish(run)
+
+
+async def publish(run: Run, first: bool = False) -> None:
+    """Begin to bring the trainer's weights to the engines. The trainer is free to change them when this returns."""
+    await landed(run)
+    run.fleet.evaluator_joins = run.dedicated is not None and run.dedicated.joins(run.version)
+    update = await run.publisher.begin(run.version, None if first else weights_changed(run.unpublished))
+    run.unpublished.clear()
+    run.landing.put_nowait((run.version, update))
+    if run.config.weights.sync_mode == "blocking":
+        await landed(run)
+
+
+async def land(run: Run) -> None:
+    """Let the groups start that an update admits, once it has reached the engines."""
+    while True:
+        version, update = await run.landing.get()
+        run.sync = await update
+        await run.buffer.published(version)
+        run.last_progress = time.monotonic()
+        run.landing.task_done()
+
+
+async def landed(run: Run) -> None:
+    """Wait until the engines serve what was published."""
+    await run.landing.join()
+
+
+def news_of_updates(run: Run) -> dict[str, float]:
+    """`sync/*` of the newest update that has landed and was not reported: `sync/version` says which one it is."""
+    news, run.sync = run.sync, {}
+    return news
+
+
 async def refit(run: Run) -> None:
     """Bring the current weights to engines that were restarted, also while the trainer waits for groups.
 
@@ -218,20 +281,7 @@ async def refit(run: Run) -> None:
         await run.fleet.stale()
         async with run.trainer_is_free:
             await publish(run)
-        await asyncio.sleep(0)
-
-
-def update_is_due(run: Run, step: int) -> bool:
-    return step % run.config.weights.every == 0 or step == run.config.steps
-
-
-async def publish(run: Run) -> dict[str, float]:
-    """Bring the trainer's weights to the engines, and let the groups they admit start."""
-    metrics = await run.publisher.publish(run.version, weights_changed(run.unpublished))
-    run.unpublished.clear()
-    await run.buffer.published(run.version)
-    run.last_progress = time.monotonic()
-    return metrics
+        await landed(run)
 
 
 def weights_changed(steps: Sequence[StepResult]) -> bool | None:
@@ -243,27 +293,18 @@ def weights_changed(steps: Sequence[StepResult]) -> bool | None:
 
 
 async def evaluate(run: Run, version: int) -> dict[str, float]:
-    """Accuracy on the held-out problems when it is due. No update happens meanwhile, so it is that of one version."""
+    """Measure the held-out problems when it is due. No update happens meanwhile, so it is that of one version.
+
+    With an engine of its own it only begins here, but for the last version: then all other engines are free.
+    """
+    assert (run.dedicated is None) == (run.config.eval.engine == "shared"), run.config.eval.engine
     if version not in eval_versions(run.config):
         return {}
-    problems = run.task.problems("eval")
-    if not problems:  # the task holds none out
+    await landed(run)
+    if run.dedicated is not None and version < run.config.steps:
+        run.dedicated.begin(version)
         return {}
-    metas = await together(*(solve(run, i, problem) for i, problem in enumerate(problems)))
-    rollouts = [rollout for meta in metas for rollout in meta.rollouts]
-    versions = {v for rollout in rollouts for v in rollout.tokens_by_version}
-    assert versions <= {version}, f"evaluation of version {version} sampled from {versions}"
-    scored = [rollout.reward for rollout in rollouts if rollout.outcome.scored]
-    name = f"eval/{run.task.name}"
-    values = {
-        f"{name}/problems": float(len(problems)),
-        f"{name}/errored": float(len(rollouts) - len(scored)),
-        f"{name}/tokens_mean": float(np.mean([rollout.completion_len for rollout in rollouts])),
-    }
-    if scored:
-        values[f"{name}/accuracy"] = float(np.mean(scored))
-    run.log.log("eval", version, values)
-    return values
+    return await Evaluator(run.config.eval, run.task, partial(solve, run), run.log).evaluate(version)
 
 
 async def solve(run: Run, index: int, problem: Problem) -> GroupMeta:
@@ -282,6 +323,66 @@ async def prepare(run: Run, step: int, groups: Sequence[Finished]) -> StepBatche
     measured = await run.trainer.reference_kl(batches.updates, [group.payload for group in groups])
     run.last_progress = time.monotonic()
     return make_batches(metas, run.config, step, measured)
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A step that was trained on."""
+
+    groups: list[Finished]  # in order of admission
+    batches: StepBatches
+    result: StepResult
+    chunks: list[list[int]] | None = None  # streamed: ids of the groups that went into training together
+
+
+async def whole(run: Run, step: int) -> Trained:
+    """Take all groups of a step, then train on them."""
+    groups = await run.buffer.take()
+    async with run.trainer_is_free:
+        batches = await prepare(run, step, groups)
+        result, _ = await together(
+            run.trainer.step(batches.updates, [group.payload for group in groups]),
+            write_rollouts(run, step, groups, batches.advantages),
+        )
+        settle(run, step, groups, result)
+    return Trained(groups, batches, result)
+
+
+async def stream(run: Run, step: int) -> Trained:
+    """Take and train on the groups of a step as they become ready (`batch.stream`)."""
+    streamed, groups = StreamedStep(run.config, step), list[Finished]()
+    await run.trainer.begin_step()
+    while not streamed.complete:
+        chunk = await next_chunk(run, streamed)
+        async with run.trainer_is_free:
+            await train_on(run, streamed, chunk)
+        groups = sorted([*groups, *chunk], key=lambda group: group.meta.id)
+        run.last_progress = time.monotonic()
+    async with run.trainer_is_free:
+        result = await run.trainer.finish_step(streamed.scale)
+        settle(run, step, groups, result)
+    trained = Trained(groups, streamed.values(), result, streamed.chunks)
+    await write_rollouts(run, step, groups, trained.batches.advantages)
+    return trained
+
+
+async def train_on(run: Run, streamed: StreamedStep, chunk: Sequence[Finished]) -> None:
+    """Add the gradient of some groups of a step."""
+    metas, payloads = [group.meta for group in chunk], [group.payload for group in chunk]
+    batches, measured = streamed.batches(metas), None
+    if run.config.algo.kl.on and run.config.algo.kl.place == "reward":
+        measured = await run.trainer.reference_kl([batches], payloads)
+        batches = streamed.batches(metas, measured)
+    streamed.add(metas, measured)
+    await run.trainer.accumulate(batches, payloads, last=streamed.complete)
+
+
+async def next_chunk(run: Run, streamed: StreamedStep) -> list[Finished]:
+    """All groups that became ready meanwhile, in order of admission; more are awaited until it is worth starting."""
+    chunk: list[Finished] = []
+    while not streamed.worth_starting([group.meta for group in chunk]):
+        chunk += await run.buffer.take_ready()
+    return sorted(chunk, key=lambda group: group.meta.id)
 
 
 async def write_rollouts(run: Run, step: int, groups: Sequence[Finished], advantages: Sequence[FloatArray]) -> None:

@@ -27,6 +27,8 @@ from pipelinerl.metrics.wandb_sink import WandbSink
 from pipelinerl.parity.alarm import Alarm
 from pipelinerl.parity.preflight import make_alarm, preflight
 from pipelinerl.rollout.buffer import GroupBuffer
+from pipelinerl.rollout.dedicated import DedicatedEvaluations
+from pipelinerl.rollout.evaluate import Evaluator
 from pipelinerl.rollout.ledger import Ledger
 from pipelinerl.run_dir import train_run_dir
 from pipelinerl.session import Session, open_session, until_done_or_signal
@@ -135,12 +137,20 @@ class Parts:
             rollouts=RolloutWriter(self.run_dir, config.metrics.rollout_groups_per_step),
             saver=Saver(config, store, session.trainer, exports, self.console.note, self.wandb.run_id),
             alarm=self.alarm,
+            dedicated=self._dedicated(),
             tell=self.console.note,
             ending=self.ending,
         )
         run.resume(state)
         session.fleet.listener = lambda event: tell_about_fleet(run, event)
         return run
+
+    def _dedicated(self) -> DedicatedEvaluations | None:
+        fleet = self.session.fleet
+        if fleet.evaluator is None:
+            return None
+        evaluator = Evaluator(self.config.eval, self.task, fleet.evaluate_apart, self.log)
+        return DedicatedEvaluations(self.config, evaluator, fleet.evaluator, self.console.note)
 
     def write_ledger(self) -> None:
         """Say what became of every prompt, at whatever end of the run."""

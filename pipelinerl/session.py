@@ -70,7 +70,10 @@ async def _watched(work: Coroutine[Any, Any, int], ending: Ending) -> int:
 
 @dataclass
 class Session:
-    """Engines that serve version 0 and a trainer that holds it, connected. `settings` is what is really in force."""
+    """Engines that serve version 0 and a trainer that holds it, connected. `settings` is what is really in force.
+
+    What the session was opened without is there, and empty.
+    """
 
     config: RunConfig
     device: Device
@@ -98,36 +101,49 @@ class Session:
 
 
 @asynccontextmanager
-async def open_session(config: RunConfig, run_dir: Path, status: Callable[[str], None]) -> AsyncIterator[Session]:
-    """Start everything, with logs below `run_dir`; `status` is told what is being waited for."""
+async def open_session(
+    config: RunConfig, run_dir: Path, status: Callable[[str], None], engines: bool = True, trainer: bool = True
+) -> AsyncIterator[Session]:
+    """Start everything, with logs below `run_dir`; `status` is told what is being waited for.
+
+    Without `engines` or without `trainer` the other is alone, and no weights travel.
+    """
     device = resolve_device(config)
     backend = resolve_backend(config, device)
     cluster = RayCluster(config, run_dir, device)
     try:
         status(f"run directory {run_dir}; starting Ray")
         await cluster.start()
-        status("starting engines and trainer")
-        await cluster.reserve(backend)
-        fleet, trainer = Fleet(cluster, config), TrainerGroup(cluster.start_ranks, config.trainer)
-        engine_settings, trainer_settings = await together(fleet.start(), trainer.setup())
+        status(f"starting {' and '.join(['engines'] * engines + ['trainer'] * trainer)}")
+        await cluster.reserve(backend, engines, trainer)
+        fleet = Fleet(cluster, config, config.engines if engines else 0)
+        group = TrainerGroup(cluster.start_ranks, config.trainer)
+        engine_settings, trainer_settings = await together(fleet.start(), group.setup() if trainer else _nothing())
         settings = {
             "device": device,
             "weights_backend": backend,
             "engines": engine_settings,
             "trainer": trainer_settings,
         }
-        publisher = await _connected(trainer, fleet, config, backend)
-        async with background(fleet.supervise(), trainer.supervise()):
-            yield Session(config, device, backend, cluster, trainer, fleet, publisher, settings)
+        publisher = await _connected(group, fleet, config, backend, engines and trainer)
+        async with background(fleet.supervise(), group.supervise()):
+            yield Session(config, device, backend, cluster, group, fleet, publisher, settings)
         status("stopping the workers")
     finally:
         await _to_the_end(cluster.close)
 
 
-async def _connected(trainer: TrainerGroup, fleet: Fleet, config: RunConfig, backend: str) -> Publisher:
+async def _connected(
+    trainer: TrainerGroup, fleet: Fleet, config: RunConfig, backend: str, both: bool = True
+) -> Publisher:
     publisher = Publisher(trainer, fleet.engines, config.weights, backend, config.engine.tensor_parallel)
-    await publisher.connect()
+    if both:
+        await publisher.connect()
     return publisher
+
+
+async def _nothing() -> dict[str, Any]:
+    return {}
 
 
 async def _to_the_end(close: Callable[[], Coroutine[Any, Any, None]]) -> None:

@@ -31,6 +31,7 @@ class Outcome(StrEnum):
     ENV_ERROR = "env_error"  # the environment or the grader raised
     VERIFIER_TIMEOUT = "verifier_timeout"  # grading exceeded its time and was killed
     INFRA_ABORT = "infra_abort"  # the engine gave the request up
+    BAD_LOGPROB = "bad_logprob"  # the engine returned a logprob that is not a finite number
 
     @property
     def scored(self) -> bool:

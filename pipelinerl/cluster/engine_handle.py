@@ -67,6 +67,7 @@ class EngineHandle:
         self.state = EngineState.RESTARTING
         self.restarts = 0
         self.life = 0
+        self.version: int | None = None  # that it was brought to last, in this life
         self.missed_update = False  # one has gone by while it was SUSPECT
         self._launcher = launcher
         self._config = config
@@ -87,6 +88,13 @@ class EngineHandle:
         """Whether its process is up, as far as is known."""
         return self.state in (EngineState.HEALTHY, EngineState.SUSPECT, EngineState.STALE)
 
+    @property
+    def ready(self) -> bool:
+        """Whether it can take a weight update."""
+        return self.state in (EngineState.HEALTHY, EngineState.STALE)
+
+    available = ready  # as evaluations call it
+
     def become(self, state: EngineState) -> None:
         """Change the state."""
         assert state in TRANSITIONS[self.state], f"{self.name}: {self.state} -> {state}"
@@ -95,7 +103,7 @@ class EngineHandle:
     async def start(self) -> dict[str, Any]:
         """Start a process and load the model; RESTARTING becomes STALE. Returns the settings that vLLM resolved to."""
         self.life += 1
-        self.missed_update = False
+        self.missed_update, self.version = False, None
         worker = self._worker = self._launcher.start_engine(self.index, self._config)
         if self._processes is not None:
             await worker.sweep(self._processes, self._config.engine.start_timeout_s)

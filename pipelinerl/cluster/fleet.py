@@ -26,10 +26,19 @@ MAX_BACKOFF_S = 30.0
 
 
 class Fleet:
-    """The engines of a run. `busy_s` adds up the seconds during which at least one group was in flight."""
+    """The engines of a run. `busy_s` adds up the seconds during which at least one group was in flight.
 
-    def __init__(self, launcher: Launcher, config: RunConfig):
-        self.engines = [EngineHandle(index, launcher, config) for index in range(config.engine.count)]
+    With `eval.engine=dedicated` the last engine only evaluates: it is given no other groups, and no update but those
+    that `evaluator_joins` lets it join.
+    """
+
+    def __init__(self, launcher: Launcher, config: RunConfig, count: int | None = None):
+        """`count` engines, the one that only evaluates included; None: as many as training has."""
+        count = config.engines if count is None else count
+        self.engines = [EngineHandle(index, launcher, config) for index in range(count)]
+        self.samplers = self.engines[: config.engine.count]  # those that sample for training
+        self.evaluator = self.engines[-1] if count > config.engine.count else None
+        self.evaluator_joins = False
         self.listener: Callable[[FleetEvent], None] = lambda event: None
         self.restarts = 0
         self.requeued = 0
@@ -37,7 +46,7 @@ class Fleet:
         self._change = asyncio.Event()  # of any engine's state; a new one each time
         self._wakes = [asyncio.Event() for _ in self.engines]
         self._routing = LeastLoaded()
-        for engine in self.engines:
+        for engine in self.samplers:
             self._routing.add(engine.index)
             self._routing.disable(engine.index)
         self._busy_s = 0.0
@@ -73,6 +82,18 @@ class Fleet:
         meta, _ = await self._route("evaluate", group_id, problem)
         return meta
 
+    async def evaluate_apart(self, group_id: int, problem: Problem) -> GroupMeta:
+        """The same by the engine that only evaluates. Raises WorkerDied when it is gone."""
+        engine = self.evaluator
+        assert engine is not None, "a fleet with eval.engine=shared"
+        life = engine.life
+        try:
+            meta, _ = await engine.group("evaluate", group_id, problem)
+        except WorkerDied as error:
+            self._lost(engine, error, life)
+            raise
+        return meta
+
     async def probe(self, group_id: int, problem: Problem, max_tokens: int) -> tuple[GroupMeta, Any]:
         """A group for a parity probe: like `rollout`, with the engine's most likely tokens."""
         return await self._route("probe", group_id, problem, max_tokens)
@@ -85,7 +106,7 @@ class Fleet:
     def metrics(self) -> dict[str, float]:
         """`fleet/*`: engines that serve now, and what was restarted and sampled again in the whole run."""
         return {
-            "fleet/engines": float(sum(engine.serves for engine in self.engines)),
+            "fleet/engines": float(self._routing.enabled),
             "fleet/restarts": float(self.restarts),
             "fleet/requeued": float(self.requeued),
         }
@@ -130,7 +151,9 @@ class Fleet:
         """The engines that are to get the next update. One that does not answer is left out and becomes STALE."""
         for engine in self.engines:
             engine.missed_update |= engine.state is EngineState.SUSPECT
-        return [engine for engine in self.engines if engine.state in (EngineState.HEALTHY, EngineState.STALE)]
+        return [
+            engine for engine in self.engines if engine.ready and (engine is not self.evaluator or self.evaluator_joins)
+        ]
 
     def lost(self, engine: EngineHandle, error: BaseException) -> None:
         """It did not complete its part of an update: kill it and start another one in its place."""
@@ -138,6 +161,7 @@ class Fleet:
 
     def refitted(self, engine: EngineHandle, version: int) -> None:
         """A whole update has reached it: it serves `version`."""
+        engine.version = version
         if engine.state is EngineState.STALE:
             self._become(engine, EngineState.HEALTHY)
             if engine.restarts:
@@ -145,7 +169,7 @@ class Fleet:
 
     async def stale(self) -> None:
         """Wait until an engine needs the current weights."""
-        while not any(engine.state is EngineState.STALE for engine in self.engines):
+        while not any(engine.state is EngineState.STALE for engine in self.samplers):
             await self._change.wait()
 
     async def abandon(self) -> None:
@@ -233,7 +257,7 @@ class Fleet:
         self._become(engine, EngineState.RETIRED)
         limit = self._config.engine
         self._tell("retired", engine, f"engine.max_restarts={limit.max_restarts} are spent")
-        left = sum(other.state is not EngineState.RETIRED for other in self.engines)
+        left = sum(other.state is not EngineState.RETIRED for other in self.samplers)
         if left < limit.min_count:
             raise WorkerDied(
                 f"{left} of {limit.count} engines are left and engine.min_count={limit.min_count} are needed: "
@@ -243,10 +267,8 @@ class Fleet:
 
     def _become(self, engine: EngineHandle, state: EngineState) -> None:
         engine.become(state)
-        if engine.serves:
-            self._routing.enable(engine.index)
-        else:
-            self._routing.disable(engine.index)
+        if engine is not self.evaluator:
+            (self._routing.enable if engine.serves else self._routing.disable)(engine.index)
         self._notify()
 
     def _notify(self) -> None:

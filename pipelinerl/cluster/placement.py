@@ -24,10 +24,10 @@ def bundles(config: RunConfig, device: str, cpus: float) -> tuple[list[Bundle], 
     processes compete for something that cannot be shared.
     """
     gpus = device == "cuda"
-    processes = config.trainer.ranks + config.engine.count
+    processes = config.trainer.ranks + config.engines
     share = min(1.0, int(100 * cpus / processes) / 100)
     trainers = [Bundle(f"trainer rank {i}", share, int(gpus)) for i in range(config.trainer.ranks)]
     engines = [
-        Bundle(f"engine {i}", share, config.engine.tensor_parallel if gpus else 0) for i in range(config.engine.count)
+        Bundle(f"engine {i}", share, config.engine.tensor_parallel if gpus else 0) for i in range(config.engines)
     ]
     return trainers, engines

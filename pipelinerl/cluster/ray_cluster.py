@@ -46,15 +46,17 @@ class RayCluster:
         for which in (signal.SIGINT, signal.SIGTERM):
             signal.signal(which, signal.getsignal(which))
 
-    async def reserve(self, backend: str) -> None:
+    async def reserve(self, backend: str, engines: bool = True, trainer: bool = True) -> None:
         """Reserve what all processes need. Raises EnvironmentProblem that says what the cluster lacks.
 
-        `backend` is that of the weight transport, which engines are told when they start.
+        `backend` is that of the weight transport, which engines are told when they start. Without `engines`, or without
+        `trainer`, there are none of those.
         """
         self._pin()
         self._backend = backend
         cpus = ray.cluster_resources().get("CPU", 1.0)
-        self._trainer_bundles, self._engine_bundles = bundles(self._config, self._device, cpus)
+        trainer_bundles, engine_bundles = bundles(self._config, self._device, cpus)
+        self._trainer_bundles, self._engine_bundles = trainer_bundles * trainer, engine_bundles * engines
         self._trainer_group = await _reserve(self._trainer_bundles, "PACK")
         self._engine_group = await _reserve(self._engine_bundles, "SPREAD")
 
@@ -148,6 +150,10 @@ def _init_ray(config: RunConfig) -> None:
 
 
 async def _reserve(wanted: list[Bundle], strategy: str) -> Any:
+    if not wanted:
+        return None
+    if not wanted:
+        return None
     group = placement_group([bundle.resources() for bundle in wanted], strategy=strategy)
     try:
         async with asyncio.timeout(PLACEMENT_TIMEOUT_S):

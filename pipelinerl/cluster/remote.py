@@ -9,7 +9,7 @@ import asyncio
 import os
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -18,13 +18,14 @@ from typing import Any
 
 import psutil
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipelinerl.cluster.pinning import Cores, pin_this_process
-from pipelinerl.errors import PipelineRLError, Stalled, WorkerDied, WorkerFailed, first_line
+from pipelinerl.errors import PipelineRLError, Stalled, TrainerLost, WorkerDied, WorkerFailed, first_line
 
 MAX_CONCURRENT_CALLS = 100_000
+GROUP_LOST = "a finished group is lost with the node that held it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,20 @@ class _AsyncHost(_Host):
         return await getattr(self._worker, method)(*args)
 
 
+class Payload:
+    """A reference to what a worker made, which stays in its node's memory until someone needs it."""
+
+    def __init__(self, ref: Any):
+        self.ref = ref
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        """The value, here. Raises TrainerLost when its node is gone: a step that needs it cannot be made whole."""
+        try:
+            return (yield from self.ref.__await__())
+        except (ObjectLostError, RayActorError) as error:
+            raise TrainerLost(f"{GROUP_LOST} ({type(error).__name__})") from error
+
+
 class RemoteWorker:
     """The driver's handle on a worker process."""
 
@@ -127,13 +142,14 @@ class RemoteWorker:
         return cls(name, actor, log_path, is_async)
 
     async def call(self, method: str, *args: Any, timeout_s: float | None = None) -> Any:
-        """Run a method of the worker and return its result. ObjectRefs among `args` arrive as their values."""
-        return await self._wait(self._actor.call.remote(method, *args), method, timeout_s)
+        """Run a method of the worker and return its result. Payloads among `args` arrive as their values."""
+        values = (value.ref if isinstance(value, Payload) else value for value in args)
+        return await self._wait(self._actor.call.remote(method, *values), method, timeout_s)
 
-    async def call_pair(self, method: str, *args: Any) -> tuple[Any, Any]:
+    async def call_pair(self, method: str, *args: Any) -> tuple[Any, Payload]:
         """For a method that returns (summary, payload): the summary, and a reference to the payload."""
         summary, payload = self._actor.call.options(num_returns=2).remote(method, *args)
-        return await self._wait(summary, method, None), payload
+        return await self._wait(summary, method, None), Payload(payload)
 
     async def endpoint(self, timeout_s: float) -> tuple[str, int]:
         """Address of the worker's node and a free port there."""
@@ -165,9 +181,13 @@ class RemoteWorker:
             cause = error.cause
             if isinstance(cause, PipelineRLError):
                 raise cause from None
+            if isinstance(cause, ObjectLostError):
+                raise WorkerDied(f"{self.name}: {GROUP_LOST} ({type(cause).__name__})") from error
             raise WorkerFailed(
                 f"{self.name}: {method} raised {type(cause).__name__}: {first_line(cause)}; see {self._log_path}"
             ) from error
+        except ObjectLostError as error:
+            raise WorkerDied(f"{self.name}: {GROUP_LOST} ({type(error).__name__})") from error
         except RayActorError as error:
             raise WorkerDied(f"{self.name}: its process died during {method}; see {self._log_path}") from error
         except TimeoutError:

@@ -76,6 +76,24 @@ class TrainerGroup:
         results: list[StepResult] = await self._together(calls)
         return results[0]
 
+    async def begin_step(self) -> None:
+        """The first of a step that comes in parts, as groups become ready."""
+        await self._all_ranks("begin_step")
+
+    async def accumulate(self, batches: Sequence[RankBatch], payloads: Sequence[Any], last: bool) -> None:
+        """Add up the gradient of one part, [rank]; `payloads` as of `step`. `last`: `finish_step` follows."""
+
+        def call(rank: RemoteWorker, batch: RankBatch) -> Coroutine[Any, Any, None]:
+            (own,), *used = _own_share([batch], payloads)
+            return rank.call("accumulate", own, last, *used, timeout_s=self._config.step_timeout_s)
+
+        await self._together(map(call, self._ranks, batches))
+
+    async def finish_step(self, scale: float) -> StepResult:
+        """The optimizer update of what was accumulated, times `scale`."""
+        results: list[StepResult] = await self._all_ranks("finish_step", scale)
+        return results[0]
+
     async def reference_kl(self, updates: Sequence[Sequence[RankBatch]], payloads: Sequence[Any]) -> list[SampleKL]:
         """KL to the reference policy of every completion in `updates`, numbered as there; arguments as of `step`."""
         shares = list(zip(*updates, strict=True))

@@ -39,9 +39,9 @@ def resolve_backend(config: RunConfig, device: Device) -> Literal["gloo", "nccl"
     return "nccl" if device == "cuda" else "gloo"
 
 
-def gpus_needed(config: RunConfig) -> int:
+def gpus_needed(config: RunConfig, trainer: bool = True) -> int:
     """GPUs of a run on cuda: every engine and every trainer rank has its own."""
-    return config.engine.count * config.engine.tensor_parallel + config.trainer.ranks
+    return config.engines * config.engine.tensor_parallel + config.trainer.ranks * trainer
 
 
 def _installed_gpus() -> int:

@@ -3,10 +3,13 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -37,6 +40,39 @@ def load_config(overrides: Sequence[str] = ()) -> RunConfig:
         return RunConfig.model_validate(data)
     except ValidationError as error:
         raise ConfigError(explain(error, data)) from error
+
+
+def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration that a run left in `run_dir`, with overrides of single values; a run directory of its own.
+
+    Raises ConfigError as `load_config` does, and for a group: its presets are settled in what the run left.
+    """
+    path = run_dir / "config.yaml"
+    try:
+        data = yaml.safe_load(path.read_text()) | {"run_dir": None, "resume": "auto"}
+    except (OSError, YAMLError, TypeError) as error:
+        raise ConfigError(f"{path}: not the configuration of a run ({first_line(error)})") from error
+    parser, groups = OverridesParser.create(), group_options()
+    for text in prepare(overrides, groups):
+        override = parser.parse_override(text)
+        if override.key_or_group in groups and not isinstance(override.value(), dict):
+            raise ConfigError(f"{text}: a group, and {path} has settled it; override single values, section.key=value")
+        _set(data, override.key_or_group, override.value())
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(explain(error, data)) from error
+
+
+def _set(data: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for name in sections:
+        if not isinstance(data.setdefault(name, {}), dict):
+            raise ConfigError(f"{key} = {shown(value)}: {name} is no section")
+        data = data[name]
+    if isinstance(value, dict) and isinstance(data.get(last), dict):
+        value = data[last] | value
+    data[last] = value
 
 
 def _compose(overrides: list[str], groups: tuple[str, ...]) -> dict[str, Any]:

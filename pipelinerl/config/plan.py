@@ -131,13 +131,14 @@ def _run_rows(plan: Plan) -> Rows:
         task += f" {config.task.path}{'' if Path(config.task.path).is_file() else ' (not here)'}"
     versions = plan.eval_versions
     shown = ", ".join(map(str, versions)) if len(versions) <= 6 else f"{versions[0]}, {versions[1]}, ... {versions[-1]}"
+    by = ", beside training on one more engine" if config.eval.engine == "dedicated" else ""
     return [
         ("run directory", config.run_dir or f"outputs/{config.name}-<time>"),
         ("model", f"{config.model.path} in {config.model.dtype}"),
         ("task", task),
         ("steps", f"{config.steps:,} at lr {config.trainer.lr:g}"),
         ("checkpoints", _checkpoints(config)),
-        ("evaluations", f"{len(versions)} (at version {shown})" if versions else "none"),
+        ("evaluations", f"{len(versions)} (at version {shown}){by}" if versions else "none"),
     ]
 
 
@@ -156,6 +157,7 @@ def _step_rows(plan: Plan) -> Rows:
         ("sampled tokens", f"at most {plan.sampled_tokens_per_step:,} = samples x {plan.config.sampling.max_tokens:,}"),
         ("tokens with prompts", f"at most {plan.tokens_per_step:,} = samples x {plan.config.engine.max_model_len:,}"),
         ("weight update", f"every {plan.config.weights.every} step(s) by {plan.backend}"),
+        *([("training", "of a step begins with the groups that are ready")] if batch.stream else []),
     ]
 
 

@@ -10,15 +10,15 @@ from pipelinerl.errors import DataError, EnvironmentProblem
 TINY_MODELS = {"sort": "tiny", "sort_scratchpad": "tiny_scratchpad", "sort_wide": "tiny_wide"}
 
 
-def preflight(config: RunConfig) -> None:
-    """Check model, data and devices.
+def preflight(config: RunConfig, trainer: bool = True) -> None:
+    """Check model, data and devices; without `trainer`, of a command that starts engines only.
 
     Raises: EnvironmentProblem for a missing model directory or missing GPUs, DataError for a missing data file.
     """
     _model_is_there(config)
     _data_is_there(config)
     gpus = gpu_count()
-    _devices_suffice(config, resolve_device(config, gpus), gpus)
+    _devices_suffice(config, resolve_device(config, gpus), gpus, trainer)
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -62,12 +62,14 @@ def _data_is_there(config: RunConfig) -> None:
             raise DataError(f"{key}={path}: no such file (from {Path.cwd()}); set {key}=FILE (JSON lines)")
 
 
-def _devices_suffice(config: RunConfig, device: Device, gpus: int) -> None:
+def _devices_suffice(config: RunConfig, device: Device, gpus: int, trainer: bool) -> None:
     if device == "cpu":
         if config.engine.kv_cache_mb is None:
             raise EnvironmentProblem("engine.kv_cache_mb=null on CPU: the size must be given; use engine=cpu")
-    elif config.cluster.address == "local" and gpus < gpus_needed(config):
+    elif config.cluster.address == "local" and gpus < (needed := gpus_needed(config, trainer)):
+        engines = "(engine.count + 1 to evaluate)" if config.engines > config.engine.count else "engine.count"
+        ranks = " + trainer.ranks" if trainer else ""
         raise EnvironmentProblem(
-            f"{gpus_needed(config)} GPUs needed (engine.count x engine.tensor_parallel + trainer.ranks), "
+            f"{needed} GPUs needed ({engines} x engine.tensor_parallel{ranks}), "
             f"this machine has {gpus}; lower them, or join a cluster with cluster=ray"
         )

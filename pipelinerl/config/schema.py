@@ -101,6 +101,9 @@ class BatchConfig(Section):
     updates: PositiveInt = Field(
         1, description="optimizer updates per step, each on its share of the groups (PPO's mini-batches)"
     )
+    stream: bool = Field(
+        False, description="train on the groups of a step as they become ready; the gradient is that of the whole step"
+    )
     max_dropped_groups_in_a_row: PositiveInt = Field(
         64, description="give up (exit 5) when so many groups in a row were unusable"
     )
@@ -109,6 +112,15 @@ class BatchConfig(Section):
     def _updates_share_groups(self) -> "BatchConfig":
         if self.groups_per_step % self.updates:
             raise ValueError(f"updates={self.updates} does not divide groups_per_step={self.groups_per_step}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_update_while_groups_arrive(self) -> "BatchConfig":
+        if self.stream and self.updates > 1:
+            raise ValueError(
+                f"stream=true with updates={self.updates}: the weights would move while groups of the step are still "
+                "arriving; use updates=1 or stream=false"
+            )
         return self
 
 
@@ -252,6 +264,8 @@ class CorrectionConfig(Section):
         return [name for name in ("tis_token", "tis_sequence", "icepop") if getattr(self, name) is not None]
 
 
+# What an advantage is made from: the group, or all groups of the step.
+OF_THE_STEP = ("reinforce_pp", "reinforce_pp_baseline", "batch_std", "gdpo")
 Advantage = Literal["rloo", "grpo", "dr_grpo", "reinforce_pp", "reinforce_pp_baseline", "batch_std", "maxrl", "gdpo"]
 Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant", "prompt_mean"]
 Proximal = Literal["rollout", "recompute", "interpolate"]
@@ -534,6 +548,11 @@ class WeightsConfig(Section):
 
     backend: Literal["auto", "gloo", "nccl"] = Field("auto", description="auto: gloo on CPU, nccl on GPU")
     every: PositiveInt = Field(1, description="optimizer steps between two updates")
+    sync_mode: Literal["overlap", "blocking"] = Field(
+        "overlap",
+        description="overlap: the next step begins when the transport has a copy of the weights; blocking: when the "
+        "engines serve them",
+    )
     bucket_mb: PositiveInt = Field(256, description="size of one broadcast")
     timeout_s: PositiveFloat = Field(120.0, description="for one whole update")
 
@@ -541,15 +560,25 @@ class WeightsConfig(Section):
 class AsyncConfig(Section):
     """How far generation may run ahead of training."""
 
-    mode: Literal["async", "sync"] = Field("async", description="sync alternates generation and training")
+    mode: Literal["async", "sync", "one_step_off"] = Field(
+        "async",
+        description="sync alternates generation and training; one_step_off generates a batch while the one before it "
+        "trains, and updates weights between batches",
+    )
     max_lag: NonNegativeInt | None = Field(
-        None, description="bound on the lag of any trained token, in optimizer steps; null = 2 in async, 0 in sync"
+        None,
+        description="bound on the lag of any trained token, in optimizer steps; null = 2 in async, 0 in sync, 1 in "
+        "one_step_off",
     )
 
     @model_validator(mode="after")
     def _sync_has_no_lag(self) -> "AsyncConfig":
         if self.mode == "sync" and self.max_lag not in (None, 0):
             raise ValueError(f"mode=sync trains on-policy, which contradicts max_lag={self.max_lag}; use max_lag=null")
+        if self.mode == "one_step_off" and self.max_lag not in (None, 1):
+            raise ValueError(
+                f"mode=one_step_off has a lag of 1, which contradicts max_lag={self.max_lag}; use max_lag=null"
+            )
         return self
 
     @property
@@ -557,7 +586,12 @@ class AsyncConfig(Section):
         """The bound in force, in optimizer steps."""
         if self.max_lag is not None:
             return self.max_lag
-        return 0 if self.mode == "sync" else 2
+        return {"sync": 0, "one_step_off": 1, "async": 2}[self.mode]
+
+    @property
+    def drains(self) -> bool:
+        """Whether a weight update waits until no completion is being sampled."""
+        return self.mode == "one_step_off"
 
 
 class EvalConfig(Section):
@@ -567,7 +601,15 @@ class EvalConfig(Section):
     at_end: bool = True
     every: NonNegativeInt = Field(0, description="optimizer steps between evaluations; 0 = only start and end")
     temperature: Annotated[float, Field(ge=0, le=2.0)] = Field(0.0, description="0 = greedy")
-    samples: PositiveInt = Field(1, description="completions per problem")
+    samples: PositiveInt = Field(1, description="completions per problem; the largest k of pass@k")
+    pass_reward: Annotated[float, Field(allow_inf_nan=False)] = Field(
+        1.0, description="a completion with at least this reward passes"
+    )
+    engine: Literal["shared", "dedicated"] = Field(
+        "shared",
+        description="shared: by the engines that sample for training, no update happens meanwhile; dedicated: by one "
+        "more engine, while training goes on",
+    )
 
     @model_validator(mode="after")
     def _greedy_once(self) -> "EvalConfig":
@@ -687,6 +729,11 @@ class RunConfig(Section):
             raise ValueError("\n".join(problems))
         return self
 
+    @property
+    def engines(self) -> int:
+        """Engines of a training run: those that sample for training, and the one that only evaluates."""
+        return self.engine.count + int(self.eval.engine == "dedicated")
+
     def dump(self) -> dict[str, Any]:
         """The whole configuration as plain data, keys as the user writes them."""
         return self.model_dump(mode="json", by_alias=True)
@@ -699,6 +746,11 @@ def _contradictions(config: RunConfig) -> "list[str]":
         found.append(
             f"async.max_lag={config.async_.lag_bound} with weights.every={config.weights.every}: tokens are up to "
             f"{config.weights.every - 1} steps old before an update is due; raise max_lag or lower every"
+        )
+    if config.async_.drains and config.weights.every > 1:
+        found.append(
+            f"async.mode={config.async_.mode} with weights.every={config.weights.every}: batches would be up to "
+            f"{config.weights.every} steps old, not one; use every=1 or mode=async"
         )
     if config.eval.every % config.weights.every:
         found.append(
@@ -754,6 +806,11 @@ def _contradictions(config: RunConfig) -> "list[str]":
                     f"cluster.{name}={getattr(config.cluster, name)} is for a local cluster, and "
                     f"cluster.address={config.cluster.address} joins one; use cluster=ray or cluster.{name}=null"
                 )
+    if config.batch.stream and config.algo.advantage in OF_THE_STEP:
+        found.append(
+            f"batch.stream=true with algo.advantage={config.algo.advantage}, which is made from the rewards of all "
+            "groups of the step; use an advantage of the group (rloo, grpo, dr_grpo, maxrl) or stream=false"
+        )
     if config.cluster.pin_cores and config.cluster.device == "cuda":
         found.append("cluster.pin_cores=true is for CPU runs, cluster.device=cuda; use pin_cores=false")
     if config.cluster.pin_cores and config.cluster.address != "local":
@@ -764,6 +821,7 @@ def _contradictions(config: RunConfig) -> "list[str]":
     found += _share_contradictions(config)
     found += _reward_contradictions(config)
     found += _offload_contradictions(config)
+    found += _evaluation_contradictions(config)
     for key, limit in (
         ("trainer.step_timeout_s", config.trainer.step_timeout_s),
         ("weights.timeout_s", config.weights.timeout_s),
@@ -842,5 +900,23 @@ def _offload_contradictions(config: RunConfig) -> "list[str]":
         found.append(
             f"trainer.offload_optimizer=true with trainer.zero_stage={trainer.zero_stage} and model.dtype=bfloat16: "
             "DeepSpeed then adds up gradients in bfloat16 and skips every step after a non-finite one; use zero_stage=3"
+        )
+    return found
+
+
+def _evaluation_contradictions(config: RunConfig) -> "list[str]":
+    """An engine for evaluations that has nothing to do, or whose results come too late."""
+    evaluation, saved, found = config.eval, config.checkpoint, []
+    if evaluation.engine == "shared":
+        return []
+    if not evaluation.at_start and not 0 < evaluation.every < config.steps:
+        found.append(
+            f"eval.engine=dedicated with eval.at_start=false and eval.every={evaluation.every}: no evaluation is due "
+            "while training goes on, and the last version is evaluated by all engines; use eval.engine=shared"
+        )
+    if saved.every and saved.keep_best and saved.best_metric.startswith("eval/"):
+        found.append(
+            f"checkpoint.best_metric={saved.best_metric} with eval.engine=dedicated: the evaluation of a step ends "
+            "after its checkpoint was made; use eval.engine=shared, or a metric of training"
         )
     return found

@@ -54,6 +54,12 @@ def series(records: Records, kind: Kind, name: str) -> Series:
     return Series(np.array(steps, dtype=np.int64), np.array([found[step] for step in steps], dtype=np.float64))
 
 
+def intervals(records: Records, task: str, figure: str) -> tuple[Series, Series]:
+    """Lower and upper ends of the 95% intervals of `eval/<task>/<figure>`."""
+    name = f"eval/{task}/{figure}"
+    return series(records, "eval", f"{name}/ci_low"), series(records, "eval", f"{name}/ci_high")
+
+
 def accuracies(records: Records) -> dict[str, Series]:
     """Task -> its `eval/<task>/accuracy`, tasks in alphabetical order."""
     names = {name for record in records if record["kind"] == "eval" for name in record}

@@ -10,7 +10,7 @@ import numpy as np
 
 from pipelinerl.metrics.console import clock
 from pipelinerl.metrics.log import ELAPSED
-from pipelinerl.metrics.series import Records, accuracies, mean, series
+from pipelinerl.metrics.series import Records, accuracies, intervals, mean, series
 
 ENDS = 5  # steps at either end of the run that its gain is measured between
 
@@ -24,6 +24,7 @@ class Summary:
     reward_last: float  # and over the last 5
     eval_before: Mapping[str, float]  # task -> accuracy (0..1) of its first evaluation
     eval_after: Mapping[str, float]  # and of its last; empty when there was only one
+    eval_gain: Mapping[str, tuple[float, float]]  # 95% interval of the last one's gain over version 0, where measured
     max_lag: float  # optimizer steps, over all trained tokens
     multi_version_frac: float  # mean share of rollouts with >= 2 weight versions, second half of the steps
     mismatch: float  # mean |engine - trainer logprob| over all lag-0 tokens, nats
@@ -48,6 +49,7 @@ def summarize(records: Records) -> Summary:
         reward_last=reward.last(ENDS),
         eval_before={task: float(values.values[0]) for task, values in evals.items()},
         eval_after={task: float(values.values[-1]) for task, values in evals.items() if len(values) > 1},
+        eval_gain={task: gain for task in evals if (gain := _gain(records, task))},
         max_lag=float(lag.max()) if lag.size else math.nan,
         multi_version_frac=_second_half_mean(records, "staleness/multi_version_frac"),
         mismatch=_mismatch(records),
@@ -92,6 +94,11 @@ def _second_half_mean(records: Records, name: str) -> float:
     return mean(values.since(last // 2 + 1).values)
 
 
+def _gain(records: Records, task: str) -> tuple[float, float] | None:
+    low, high = intervals(records, task, "gain")
+    return (float(low.values[-1]), float(high.values[-1])) if len(low) and len(high) else None
+
+
 def _mismatch(records: Records) -> float:
     """Mean over tokens: a step with more lag-0 tokens weighs more."""
     means = series(records, "train", "mismatch/abs_logprob_mean")
@@ -105,7 +112,9 @@ def _accuracy(summary: Summary, task: str) -> str:
     before = summary.eval_before[task]
     if task not in summary.eval_after:
         return f"accuracy {100 * before:.1f}%"
-    return f"accuracy {100 * before:.1f}% -> {100 * summary.eval_after[task]:.1f}%"
+    interval = summary.eval_gain.get(task)
+    gain = "" if interval is None else f"  (gain {100 * interval[0]:+.1f} to {100 * interval[1]:+.1f} points, 95%)"
+    return f"accuracy {100 * before:.1f}% -> {100 * summary.eval_after[task]:.1f}%{gain}"
 
 
 def _change(before: float, after: float) -> str:

@@ -79,6 +79,11 @@ class Publisher:
         keys = ("names", "dtype_names", "shapes") if self._backend == "nccl" else manifest.keys()
         self._update_info = {key: manifest[key] for key in keys}
 
+    async def begin(self, version: int, changed: bool | None = None) -> asyncio.Task[dict[str, float]]:
+        task = asyncio.create_task(self.publish(version, changed))
+        await asyncio.wait([task])
+        return task
+
     async def publish(self, version: int, changed: bool | None = None) -> dict[str, float]:
         """Bring the trainer's current weights, which are `version`, to all engines. Returns `sync/*` metrics.
 

@@ -52,11 +52,11 @@ def test_sigterm_during_start_up_stops_cleanly(start: Start) -> None:
     [
         ("VLLM::EngineCore", "engine 0"),
         ("grader_child", "grader"),
-        ("ray::_Host", "trainer rank 0"),
+        ("ray::_SyncHost", "trainer rank 0"),
     ],
 )
-def test_a_killed_process_ends_the_run_with_its_name(start: Start, victim: str, cause: str) -> None:
-    run = start()
+def test_without_restarts_a_killed_process_ends_the_run_with_its_name(start: Start, victim: str, cause: str) -> None:
+    run = start("engine.max_restarts=0", "trainer.max_restarts=0")
     run.wait_for_step(2)
     run.process_named(victim).kill()
     assert run.exit_code(90) == EXIT_RECOVERABLE, run.output

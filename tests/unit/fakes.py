@@ -90,6 +90,7 @@ class FakeFleet:
         self.finished: list[int] = []
         self.evaluated: list[tuple[int, str]] = []  # (version, problem)
         self.gate, self.eval_gate = Gate(), Gate()
+        self.evaluator_joins = False
         self.restarted = asyncio.Event()  # an engine needs the current weights
         self.fails_at: dict[int, Exception] = {}  # group id -> what its call raises
         self.eval_fails_at: dict[int, Exception] = {}
@@ -138,6 +139,9 @@ class FakeTrainer:
         self.write_fails: Exception | None = None
         self.updates: list[Sequence[Sequence[RankBatch]]] = []  # [step][update][rank]
         self.groups: list[list[RolloutGroup]] = []
+        self.parts: list[tuple[list[RankBatch], list[RolloutGroup], bool]] = []  # of a step that comes in parts
+        self.scales: list[float] = []  # [step]
+        self.part_gate = Gate()  # of every part
         self.gates: dict[int, Gate] = {}
         self.skips: set[int] = set()  # steps that turn out not to be finite
         self.metrics: dict[int, dict[str, float]] = {}  # step -> what differs from the usual metrics
@@ -150,10 +154,29 @@ class FakeTrainer:
         return [self.kl(ref) for ref in reversed(self.measured[-1])]  # in any order
 
     async def step(self, updates: Sequence[Sequence[RankBatch]], payloads: Sequence[Any]) -> StepResult:
-        self.done += 1
-        step = self.done
         self.updates.append(updates)
         self.groups.append([await payload for payload in payloads])
+        return await self._end_step()
+
+    async def begin_step(self) -> None:
+        assert not self.parts, "the step before is not finished"
+
+    async def accumulate(self, batches: Sequence[RankBatch], payloads: Sequence[Any], last: bool) -> None:
+        assert not (self.parts and self.parts[-1][2]), "nothing follows the last part"
+        self.parts.append((list(batches), [await payload for payload in payloads], last))
+        await self.part_gate.pass_through()
+
+    async def finish_step(self, scale: float) -> StepResult:
+        assert self.parts[-1][2], "the last part was not said to be the last"
+        self.scales.append(scale)
+        self.updates.append([batches for batches, *_ in self.parts])
+        self.groups.append([group for _, groups, _ in self.parts for group in groups])
+        self.parts.clear()
+        return await self._end_step()
+
+    async def _end_step(self) -> StepResult:
+        self.done += 1
+        step = self.done
         if step in self.gates:
             await self.gates[step].pass_through()
         if step in self.fails_at:
@@ -184,6 +207,9 @@ class FakePublisher:
         self.published: list[int] = []
         self.changed: list[bool | None] = []  # what each publication was expected to bring
         self.gates: dict[int, Gate] = {}
+
+    async def begin(self, version: int, changed: bool | None = None) -> asyncio.Task[dict[str, float]]:
+        return asyncio.create_task(self.publish(version, changed))
 
     async def publish(self, version: int, changed: bool | None = None) -> dict[str, float]:
         if version in self.gates:

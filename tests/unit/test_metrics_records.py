@@ -61,7 +61,7 @@ def test_a_step_by_hand() -> None:
     assert metrics["completion/truncated_frac"] == pytest.approx(1 / 3)
     assert {name: value for name, value in metrics.items() if name.startswith("outcome/")} == {
         "outcome/ok": 2, "outcome/truncated": 1, "outcome/env_error": 1,
-        "outcome/verifier_timeout": 0, "outcome/infra_abort": 0,
+        "outcome/verifier_timeout": 0, "outcome/infra_abort": 0, "outcome/bad_logprob": 0,
     }  # fmt: skip
 
 

@@ -47,6 +47,7 @@ def test_each_version_is_evaluated_once(overrides: list[str], versions: tuple[in
         (["cluster.device=cpu"], 8, "cpu", "gloo", 0),
         ([MATH], 0, "cuda", "nccl", 8),
         ([MATH, "engine.tensor_parallel=2"], 8, "cuda", "nccl", 12),  # 4 * 2 + 4
+        ([MATH, "eval.engine=dedicated", "eval.every=10", "engine.tensor_parallel=2"], 8, "cuda", "nccl", 14),
     ],
 )
 def test_devices_and_backend(overrides: list[str], gpus: int, device: str, backend: str, needed: int) -> None:
@@ -104,6 +105,7 @@ def test_the_plan_shows_what_differs_from_it() -> None:
     assert rows["optimizer updates"] == "4 per step, of 16 groups each"
     assert "refilled" in rows["equal rewards"] and "not in the loss" in rows["truncated"]
     assert rows_of("algo=gspo")["loss"] == "gspo, aggregated by seq_mean_token_mean"
+    assert "training" not in rows and "that are ready" in rows_of("batch.stream=true")["training"]
 
 
 def tiny_model(directory: Path) -> Path:
