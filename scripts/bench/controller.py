@@ -131,8 +131,19 @@ class StubLauncher:
 
 
 class StubTrainer:
+    """What is not called in a run of whole batches, without checkpoints and KL, is not there."""
+
     def __init__(self) -> None:
         self.version = 0
+
+    async def begin_step(self) -> None:
+        raise NotImplementedError
+
+    async def accumulate(self, batches: Sequence[RankBatch], payloads: Sequence[Any], last: bool) -> None:
+        raise NotImplementedError
+
+    async def finish_step(self, scale: float) -> StepResult:
+        raise NotImplementedError
 
     async def step(self, updates: Sequence[Sequence[RankBatch]], payloads: Sequence[Any]) -> StepResult:
         self.version += 1
@@ -156,7 +167,10 @@ class StubPublisher:
     def __init__(self, serving: Serving) -> None:
         self._serving = serving
 
-    async def publish(self, version: int, changed: bool | None = None) -> dict[str, float]:
+    async def begin(self, version: int, changed: bool | None = None) -> asyncio.Task[dict[str, float]]:
+        return asyncio.create_task(self._arrive(version))
+
+    async def _arrive(self, version: int) -> dict[str, float]:
         self._serving.serve(version)
         return {"sync/version": float(version)}
 
