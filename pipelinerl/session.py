@@ -18,7 +18,7 @@ from pipelinerl.cluster.fleet import Fleet
 from pipelinerl.cluster.ray_cluster import RayCluster
 from pipelinerl.cluster.trainer_group import TrainerGroup
 from pipelinerl.concurrency import Ending, background, together
-from pipelinerl.config.device import Device, resolve_backend, resolve_device
+from pipelinerl.config.device import Device, resolve_backend
 from pipelinerl.config.schema import RunConfig
 from pipelinerl.errors import EXIT_SIGINT, EXIT_SIGTERM, PipelineRLError
 from pipelinerl.weights.publisher import Publisher
@@ -42,6 +42,7 @@ async def _watched(work: Coroutine[Any, Any, int], ending: Ending) -> int:
 
     def stop(which: signal.Signals) -> None:
         received.append(which)
+        ending.exit_code = SIGNAL_EXITS[received[0]]
         if len(received) == 1 and which is signal.SIGTERM and ending.patience_s:
             print(f"\n{which.name}: a last checkpoint, within {ending.patience_s:g} s", file=sys.stderr, flush=True)
             ending.wished = True
@@ -108,20 +109,22 @@ async def open_session(
 
     Without `engines` or without `trainer` the other is alone, and no weights travel.
     """
-    device = resolve_device(config)
-    backend = resolve_backend(config, device)
-    cluster = RayCluster(config, run_dir, device)
+    cluster = RayCluster(config, run_dir)
     try:
         status(f"run directory {run_dir}; starting Ray")
         await cluster.start()
+        placement = await cluster.reserve(engines, trainer)
+        device = cluster.device
+        backend = resolve_backend(config, device, placement.shares_gpu)
+        cluster.use_transport(backend)
         status(f"starting {' and '.join(['engines'] * engines + ['trainer'] * trainer)}")
-        await cluster.reserve(backend, engines, trainer)
         fleet = Fleet(cluster, config, config.engines if engines else 0)
         group = TrainerGroup(cluster.start_ranks, config.trainer)
         engine_settings, trainer_settings = await together(fleet.start(), group.setup() if trainer else _nothing())
         settings = {
             "device": device,
             "weights_backend": backend,
+            "placement": {process.name: process.node.name for process in placement.processes},
             "engines": engine_settings,
             "trainer": trainer_settings,
         }
@@ -136,7 +139,7 @@ async def open_session(
 async def _connected(
     trainer: TrainerGroup, fleet: Fleet, config: RunConfig, backend: str, both: bool = True
 ) -> Publisher:
-    publisher = Publisher(trainer, fleet.engines, config.weights, backend, config.engine.tensor_parallel)
+    publisher = Publisher(trainer, fleet.engines, config.weights, backend, config.engine.workers)
     if both:
         await publisher.connect()
     return publisher

@@ -29,6 +29,7 @@ class TrainerGroup:
         self._ranks: Sequence[RemoteWorker] = ()
         self._address = ""
         self._lost: TrainerLost | None = None
+        self._recording = ""
         self._up = asyncio.Event()
 
     async def setup(self) -> dict[str, Any]:
@@ -47,6 +48,8 @@ class TrainerGroup:
         self.restarts += 1
         self._lost = None
         await self.setup()
+        if self._recording:
+            await self.record_batches(self._recording)
 
     async def supervise(self) -> None:
         """Look at every rank's pulse for ever. One without a pulse for `trainer.hang_timeout_s` ends the group."""
@@ -92,6 +95,20 @@ class TrainerGroup:
     async def finish_step(self, scale: float) -> StepResult:
         """The optimizer update of what was accumulated, times `scale`."""
         results: list[StepResult] = await self._all_ranks("finish_step", scale)
+        return results[0]
+
+    async def record_batches(self, folder: str) -> None:
+        """From now on every rank writes what its steps train on into `folder`."""
+        self._recording = folder
+        await self._all_ranks("record_batches", folder)
+
+    async def finish_recording(self) -> None:
+        """Wait until all of it is written. Raises EnvironmentProblem when it could not be."""
+        await self._all_ranks("finish_recording")
+
+    async def replay(self, folder: str, step: int) -> StepResult:
+        """Do a step that was recorded in `folder`."""
+        results: list[StepResult] = await self._all_ranks("replay", folder, step)
         return results[0]
 
     async def reference_kl(self, updates: Sequence[Sequence[RankBatch]], payloads: Sequence[Any]) -> list[SampleKL]:

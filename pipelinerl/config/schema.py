@@ -444,7 +444,8 @@ class EngineConfig(Section):
     """
 
     count: PositiveInt = Field(1, description="engines")
-    tensor_parallel: PositiveInt = 1
+    tensor_parallel: PositiveInt = Field(1, description="workers that share every layer of an engine")
+    pipeline_parallel: PositiveInt = Field(1, description="workers that share the layers of an engine; GPU only")
     max_model_len: PositiveInt = Field(4096, description="prompt and completion together, tokens")
     max_num_seqs: PositiveInt = Field(256, description="sequences that decode together")
     max_num_batched_tokens: PositiveInt = Field(8192, description="tokens in one engine step")
@@ -474,7 +475,14 @@ class EngineConfig(Section):
     update_pause: Literal["keep", "wait", "abort"] = Field(
         "keep", description="fix 3: what a weight update does to running requests"
     )
-    update_clear_cache: bool = Field(False, description="fix 3: whether a weight update recomputes the KV cache")
+    kv_policy: Literal["keep", "recompute", "recompute_at_lag"] = Field(
+        "keep",
+        description="fix 3: what a weight update does to the KV of running sequences; recompute: made anew by the new "
+        "weights; recompute_at_lag: only when some of it is kv_max_lag versions old",
+    )
+    kv_max_lag: PositiveInt | None = Field(
+        None, description="optimizer steps; with kv_policy=recompute_at_lag all KV in use is younger than this"
+    )
 
     start_timeout_s: PositiveFloat = 600.0
     heartbeat_s: PositiveFloat = Field(2.0, description="seconds between two heartbeats of an engine")
@@ -492,6 +500,21 @@ class EngineConfig(Section):
         if self.min_count > self.count:
             raise ValueError(f"min_count={self.min_count} is more than count={self.count}")
         return self
+
+    @model_validator(mode="after")
+    def _kv_lag_is_for_its_policy(self) -> "EngineConfig":
+        if self.kv_policy == "recompute_at_lag" and self.kv_max_lag is None:
+            raise ValueError("kv_policy=recompute_at_lag needs kv_max_lag, the age in steps that KV never reaches")
+        if self.kv_policy != "recompute_at_lag" and self.kv_max_lag is not None:
+            raise ValueError(
+                f"kv_max_lag={self.kv_max_lag} does nothing with kv_policy={self.kv_policy}; use recompute_at_lag"
+            )
+        return self
+
+    @property
+    def workers(self) -> int:
+        """Processes of one engine that hold a part of the model, each with a GPU of its own where there are GPUs."""
+        return self.tensor_parallel * self.pipeline_parallel
 
 
 class LoraConfig(Section):
@@ -546,7 +569,9 @@ class TrainerConfig(Section):
 class WeightsConfig(Section):
     """How and when new weights reach the engines."""
 
-    backend: Literal["auto", "gloo", "nccl"] = Field("auto", description="auto: gloo on CPU, nccl on GPU")
+    backend: Literal["auto", "gloo", "nccl", "ipc"] = Field(
+        "auto", description="auto: gloo on CPU, nccl between GPUs, ipc where trainer and engine share the only GPU"
+    )
     every: PositiveInt = Field(1, description="optimizer steps between two updates")
     sync_mode: Literal["overlap", "blocking"] = Field(
         "overlap",
@@ -628,6 +653,7 @@ class ClusterConfig(Section):
     pin_cores: bool = Field(
         False, description="CPU only, local cluster only: each engine and each trainer rank on cores of its own"
     )
+    placement_timeout_s: PositiveFloat = Field(60.0, description="to wait for room for all processes (else exit 3)")
     stall_timeout_s: PositiveFloat = Field(3600.0, description="stop (exit 4) when nothing finished for so long")
 
 
@@ -682,6 +708,20 @@ class WandbConfig(Section):
     entity: str | None = None
 
 
+class JournalConfig(Section):
+    """journal.jsonl, which is always written, and batches/: what a run can be checked against and replayed from."""
+
+    batches: bool = Field(
+        True,
+        description="write what every trainer rank trains on to batches/, for pipelinerl replay: 4 bytes a token and 4 "
+        "more for a sampled one, never pruned",
+    )
+    selection: Literal["stop", "warn", "off"] = Field(
+        "warn", description="when trained samples part from generated ones in length or reward; stop: exit 5"
+    )
+    selection_window: PositiveInt = Field(16, description="optimizer steps that are compared")
+
+
 class MetricsConfig(Section):
     """metrics.jsonl is always written; W&B, console and plots mirror it and can fail without stopping the run."""
 
@@ -721,6 +761,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     cluster: ClusterConfig = ClusterConfig()
     metrics: MetricsConfig = MetricsConfig()
+    journal: JournalConfig = JournalConfig()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "RunConfig":
@@ -767,6 +808,11 @@ def _contradictions(config: RunConfig) -> "list[str]":
             f"trainer.micro_batch_tokens={config.trainer.micro_batch_tokens} is smaller than "
             f"engine.max_model_len={config.engine.max_model_len}: the longest sample would not fit one forward pass"
         )
+    if (config.engine.kv_max_lag or 0) > config.async_.lag_bound:
+        found.append(
+            f"engine.kv_max_lag={config.engine.kv_max_lag} is above async.max_lag={config.async_.lag_bound}: no KV in "
+            "use gets that old; lower it, or use engine.kv_policy=keep and kv_max_lag=null"
+        )
     if config.engine.cache_salt == "version" and not config.engine.prefix_caching:
         found.append("engine.cache_salt=version does nothing with engine.prefix_caching=false; use cache_salt=none")
     if config.engine.max_num_batched_tokens < config.engine.max_num_seqs:
@@ -774,8 +820,16 @@ def _contradictions(config: RunConfig) -> "list[str]":
             f"engine.max_num_batched_tokens={config.engine.max_num_batched_tokens} is smaller than "
             f"engine.max_num_seqs={config.engine.max_num_seqs}"
         )
-    if config.cluster.device == "cpu" and config.weights.backend == "nccl":
-        found.append("weights.backend=nccl needs GPUs, cluster.device=cpu has none; use weights.backend=auto")
+    if config.cluster.device == "cpu" and config.weights.backend in ("nccl", "ipc"):
+        found.append(
+            f"weights.backend={config.weights.backend} needs GPUs, cluster.device=cpu has none; "
+            "use weights.backend=auto"
+        )
+    if config.cluster.device == "cpu" and config.engine.pipeline_parallel > 1:
+        found.append(
+            f"engine.pipeline_parallel={config.engine.pipeline_parallel} with cluster.device=cpu: the CPU engine has "
+            "no pipeline stages; use engine.pipeline_parallel=1, and tensor_parallel to use more cores"
+        )
     if config.cluster.device == "cuda" and config.weights.backend == "gloo":
         found.append("weights.backend=gloo is the CPU transport, cluster.device=cuda wants nccl; use backend=auto")
     if config.cluster.device == "cpu":

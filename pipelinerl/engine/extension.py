@@ -5,11 +5,12 @@ Importing it registers the gloo transport too, before the worker makes its trans
 
 import pipelinerl.weights.gloo  # noqa: F401  registers the transport
 from pipelinerl.engine.hidden_states import HiddenStatesWorker
+from pipelinerl.engine.kv_policy import KVPolicyWorker
 from pipelinerl.engine.seeded import SeededWorker
 from pipelinerl.weights.canary import CanaryWorker
 
 
-class WorkerExtension(CanaryWorker, HiddenStatesWorker, SeededWorker):
+class WorkerExtension(CanaryWorker, HiddenStatesWorker, KVPolicyWorker, SeededWorker):
     """Named as `worker_extension_cls`: its methods become the worker's own, callable through `collective_rpc`."""
 
     def pulse(self) -> None:

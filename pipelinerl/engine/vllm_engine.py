@@ -10,7 +10,7 @@ between them the weights are loaded and generation stands still, until the canar
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from pipelinerl.config.schema import EngineConfig, RunConfig
 from pipelinerl.engine.hidden_states import hidden_states
+from pipelinerl.engine.kv_policy import KVPolicy
 from pipelinerl.errors import ParityError, WeightSyncError, WorkerDied, first_line
 from pipelinerl.types import Completion, FloatArray, VersionSpan
 
@@ -46,8 +47,9 @@ def engine_args(config: RunConfig, backend: str, seed: int) -> AsyncEngineArgs:
         trust_remote_code=False,
         seed=seed,
         tensor_parallel_size=engine.tensor_parallel,
+        pipeline_parallel_size=engine.pipeline_parallel,
         # Inside a Ray actor vLLM would have Ray place the workers; they belong beside it, on the GPUs of its bundle.
-        distributed_executor_backend="mp" if engine.tensor_parallel > 1 else None,
+        distributed_executor_backend="mp" if engine.workers > 1 else None,
         max_model_len=engine.max_model_len,
         max_num_seqs=engine.max_num_seqs,
         max_num_batched_tokens=engine.max_num_batched_tokens,
@@ -82,6 +84,7 @@ def resolved_settings(config: VllmConfig) -> dict[str, Any]:
         "max_num_seqs": config.scheduler_config.max_num_seqs,
         "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
         "tensor_parallel": config.parallel_config.tensor_parallel_size,
+        "pipeline_parallel": config.parallel_config.pipeline_parallel_size,
         "enforce_eager": bool(config.model_config.enforce_eager),
         "seed": config.model_config.seed,
         "v2_model_runner": bool(config.use_v2_model_runner),
@@ -122,6 +125,7 @@ class VllmEngine:
         self._loaded: Loaded | None = None
         self._not_read_back: set[str] = set()
         self._request_ids = itertools.count()
+        self._kv = KVPolicy(config.kv_policy, config.kv_max_lag)
         self.settings = settings
         self.version = 0
 
@@ -166,12 +170,15 @@ class VllmEngine:
         salt = f"version {self.version}" if self._config.cache_salt == "version" else None
         inputs = tokens_input(list(prompt), cache_salt=salt)
         request_id = f"engine{self._index}-{next(self._request_ids)}"
+        self._kv.asked[request_id] = self.version
         try:
             outputs = [output async for output in self._llm.generate(inputs, params, request_id)]
         except EngineDeadError as error:
             raise self._died() from error
+        finally:
+            del self._kv.asked[request_id]
         assert outputs and outputs[-1].finished, request_id
-        return _completion(outputs[-1].outputs[0], with_argmax)
+        return _completion(outputs[-1].outputs[0], with_argmax, self._kv.made_anew)
 
     async def connect(self, init_info: dict[str, Any]) -> None:
         """Join the weight transport; returns when all members have."""
@@ -187,9 +194,7 @@ class VllmEngine:
         self._paused_at = self._paused_at or start  # an update before this one may have failed
         self._loaded = None
         with self._errors_of_update(version):
-            await self._llm.pause_generation(
-                mode=self._config.update_pause, clear_cache=self._config.update_clear_cache
-            )
+            await self._llm.pause_generation(mode=self._config.update_pause, clear_cache=False)
             paused = time.perf_counter()
             if self._canary:
                 await self._llm.collective_rpc("canary_begin", args=(version,))
@@ -197,9 +202,17 @@ class VllmEngine:
             await self._llm.start_weight_update()
             await self._llm.update_weights(WeightTransferUpdateRequest(update_info))
             await self._llm.finish_weight_update(str(version))
+            await self._apply_kv_policy(version)
         drain_s, transfer_s, canary_s = paused - start, time.perf_counter() - begun, begun - paused
         self._loaded = Loaded(version, drain_s, transfer_s, canary_s)
         return {"drain_s": drain_s, "transfer_s": transfer_s}
+
+    async def _apply_kv_policy(self, version: int) -> None:
+        """While paused, with the weights of `version` loaded: have old KV made anew, if the policy says so.
+
+        Raises WeightSyncError when vLLM did not drop all of it.
+        """
+        await self._kv.apply(self._llm, version)
 
     async def commit(self, version: int, names: Sequence[str], digests: Sequence[int]) -> dict[str, float]:
         """Verify the loaded weights against the trainer's `digests` of the parameters `names`, then resume.
@@ -294,7 +307,9 @@ def _wrong_on_any(ranks: Sequence[Mapping[str, str]]) -> list[str]:
     return list(lines.values())
 
 
-def _completion(output: CompletionOutput, with_argmax: bool) -> Completion:
+def _completion(
+    output: CompletionOutput, with_argmax: bool, made_anew: Callable[[Sequence[VersionSpan]], tuple[int, ...]]
+) -> Completion:
     tokens, found = np.array(output.token_ids, np.int32), output.logprobs
     assert isinstance(found, FlatLogprobs)
     entries = 2 if with_argmax else 1  # at each place: the sampled token, and then the most likely one
@@ -303,4 +318,4 @@ def _completion(output: CompletionOutput, with_argmax: bool) -> Completion:
     assert np.array_equal(named[:, 0], tokens), "logprobs of other tokens than the sampled ones"
     spans = tuple(VersionSpan(int(s.version), s.start, s.end) for s in output.weight_versions or ())
     argmax = named[:, 1] if with_argmax else None
-    return Completion(tokens, logprobs, spans, output.finish_reason or "abort", "", argmax)
+    return Completion(tokens, logprobs, spans, output.finish_reason or "abort", "", argmax, made_anew(spans))

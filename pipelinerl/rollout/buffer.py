@@ -51,6 +51,11 @@ class GroupBuffer(Generic[Group]):
         self.ledger = ledger or Ledger()
 
     @property
+    def version(self) -> int:
+        """That all engines serve."""
+        return self._version
+
+    @property
     def dropped(self) -> Counter[str]:
         """Groups that were dropped in the whole run, by reason."""
         return self.ledger.dropped

@@ -18,6 +18,7 @@ from pipelinerl.checkpoint.saver import Saver
 from pipelinerl.checkpoint.store import FOLDER, CheckpointStore
 from pipelinerl.config.schema import RunConfig
 from pipelinerl.loop import Finished, Run
+from pipelinerl.metrics.history import History
 from pipelinerl.metrics.log import MetricsLog
 from pipelinerl.metrics.rollouts import RolloutWriter
 from pipelinerl.rollout.buffer import GroupBuffer
@@ -290,8 +291,10 @@ def fake_run(run_dir: Path, *overrides: str, held_out: int = 3, state: DriverSta
         log=MetricsLog(run_dir),
         rollouts=RolloutWriter(run_dir, config.metrics.rollout_groups_per_step),
         saver=Saver(config, store, trainer, run_dir / "exports"),
+        history=History.open(run_dir, config.journal),
     )
     run.resume(state)
+    run.history.journal.started(state.step, None, state.ledger, config.dump(), lag)
     return run
 
 

@@ -25,7 +25,7 @@ WEIGHTS = {
     "a3po": "tis_sequence",
 }  # objectives that need a weight, which no other may have
 MASKS = [option for option in OPTIONS["algo/correction"] if option not in WEIGHTS.values()]
-DEVICES = [("local_cpu", "cpu"), ("local_gpu", "gpu"), ("ray", "gpu")]
+DEVICES = [("local_cpu", "cpu"), ("local_gpu", "gpu"), ("ray", "gpu"), ("ray_cpu", "cpu")]
 
 
 def rows() -> list[list[str]]:
@@ -164,6 +164,8 @@ MISTAKES = [
     ("algo.correction.icepop=2", "algo.correction.icepop = 2: should be a list"),
     ("algo.correction.veto=0", "algo.correction.veto = 0: should be greater than 0"),
     ("algo.kl.importance_cap=0.5", "algo.kl.importance_cap = 0.5: should be greater than or equal to 1"),
+    ("journal.selection_window=0", "journal.selection_window = 0: should be greater than 0"),
+    ("journal.selection=alarm", "journal.selection = 'alarm': should be stop, warn or off"),
     ("algo.entropy.anneal_steps=0", "algo.entropy.anneal_steps = 0: should be greater than 0"),
     ("batch.zero_variance=drop", "batch.zero_variance = 'drop': should be keep or refill"),
     ("reward.weights={match: x}", "reward.weights.match = 'x': should be a number"),
@@ -223,7 +225,15 @@ CONTRADICTIONS = [
     (["engine=gpu"], "engine.kv_cache_mb=null with cluster.device=cpu"),
     (["cluster.address=auto"], "cluster.object_store_mb=256 is for a local cluster"),
     (["weights.backend=nccl"], "weights.backend=nccl needs GPUs, cluster.device=cpu has none"),
+    (["weights.backend=ipc"], "weights.backend=ipc needs GPUs, cluster.device=cpu has none"),
+    (["engine.pipeline_parallel=2"], "engine.pipeline_parallel=2 with cluster.device=cpu"),
     (["weights.every=4"], "async.max_lag=2 with weights.every=4"),
+    (["engine.kv_policy=recompute_at_lag"], "engine.kv_policy=recompute_at_lag needs kv_max_lag"),
+    (["engine.kv_max_lag=1"], "engine.kv_max_lag=1 does nothing with kv_policy=keep"),
+    (
+        ["engine.kv_policy=recompute_at_lag", "engine.kv_max_lag=3"],
+        "engine.kv_max_lag=3 is above async.max_lag=2: no KV in use gets that old",
+    ),
     # one importance ratio, counted once
     (
         ["algo.correction.tis_token=2"],
@@ -359,6 +369,7 @@ def test_a_contradiction_is_one_line_that_names_both_settings(overrides: list[st
         ["reward.overlong_buffer=4", "reward.overlong_penalty=0.5", "algo.mask_truncated=true"],
         ["batch.updates=4", "trainer.ranks=4", "trainer.sequence_parallel=2"],
         ["eval.engine=dedicated", "eval.every=10", "eval.samples=8", "eval.temperature=1", "eval.pass_reward=0.5"],
+        ["engine.kv_policy=recompute_at_lag", "engine.kv_max_lag=2"],
     ],
 )
 def test_what_goes_together_is_taken(overrides: list[str]) -> None:

@@ -674,3 +674,55 @@ async def test_any_step_group_or_evaluated_problem_is_progress(tmp_path: Path, m
             gate.open()
         await task
     assert run.publisher.published == [0, 4]
+
+
+# Selection and KV
+
+
+def drop_the_short_ones(tmp_path: Path, selection: str) -> tuple[FakeRun, list[str]]:
+    """Every second group is given up, and only those have no tokens."""
+    run = fake_run(tmp_path, f"journal.selection='{selection}'", "steps=12")
+    run.fleet.outcomes = lambda group: [OK, OK] if group % 2 else [ABORT, ABORT]
+    told: list[str] = []
+    run.tell = told.append
+    return run, told
+
+
+@pytest.mark.parametrize("selection", ["warn", "off"])
+async def test_trained_lengths_that_are_not_those_generated_are_told_once(tmp_path: Path, selection: str) -> None:
+    run, told = drop_the_short_ones(tmp_path, selection)
+    await finish(run)
+    steps = lines(run, "train")
+    assert len(steps) == 12 and steps[-1]["selection/length_distance"] == pytest.approx(0.5, abs=0.05)
+    assert (steps[-1]["selection/length_trained_mean"], steps[-1]["selection/reward_distance"]) == (3, 0)
+    alarms = [line["step"] for line in lines(run, "run") if "selection/alarm" in line]
+    assert len(alarms) == len(told) == (selection == "warn")
+    if told:
+        assert told[0].startswith(f"step {alarms[0]}: selection: the lengths of trained samples")
+
+
+async def test_a_run_can_be_ended_by_its_selection(tmp_path: Path) -> None:
+    run, _ = drop_the_short_ones(tmp_path, "stop")
+    error = await error_of(run)
+    assert isinstance(error, BudgetSpent) and "(journal.selection=warn goes on)" in str(error)
+    assert 1 < len(lines(run, "train")) < 12
+
+
+async def test_the_old_context_of_trained_tokens_is_measured(tmp_path: Path) -> None:
+    """The groups of step 2 start at version 0, and end at version 1: the fleet's gate holds them up in between."""
+    run = fake_run(tmp_path, "steps=2", "async.max_lag=1")
+    started = run.trainer.gates[1] = Gate()
+    started.close()
+    run.fleet.gate.pass_through = lambda: hold(run)  # type: ignore[method-assign, assignment]
+
+    async def hold(run: FakeRun) -> None:
+        if len(run.fleet.started) > 2:
+            started.open()
+            await until(lambda: run.fleet.version == 1)
+
+    await finish(run)
+    first, second = lines(run, "train")
+    assert (first["kv/old_context_fraction"], first["kv/age_max"]) == (0, 0)
+    # 2 tokens of prompt, one by version 0, two by version 1, which attend to 3 and 4 tokens, 2 of them old
+    assert second["kv/old_context_fraction"] == pytest.approx((0 + 2 / 3 + 2 / 4) / 3)
+    assert (second["kv/old_context_fraction_max"], second["kv/age_max"]) == (2 / 3, 1)
