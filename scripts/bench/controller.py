@@ -2,10 +2,10 @@
 
     python scripts/bench/controller.py
 
-The driver is the real one: `loop.train` with admission, routing, ledger, advantages, packing, metrics and rollout
-files. Engines, trainer and weight updates are stubs that cost next to nothing: a group is done after a random time of
-some milliseconds, groups finish out of order, and the lag bound holds as many of them in flight as in a real run. Runs
-of all sizes take turns. `CPU us` is all CPU time of the process over the samples that were trained on.
+The driver is the real one: `loop.train` with admission, routing, ledger, journal, advantages, packing, metrics and
+rollout files. Engines, trainer and weight updates are stubs that cost next to nothing: a group is done after a random
+time of some milliseconds, groups finish out of order, and the lag bound holds as many of them in flight as in a real
+run. Runs of all sizes take turns. `CPU us` is all CPU time of the process over the samples that were trained on.
 
 Exit code 1 when the median rate with any number of engines is below --min-rate, or the median cost per sample with the
 most engines is above --max-growth times that with the fewest.
@@ -34,6 +34,7 @@ from pipelinerl.cluster.fleet import Fleet
 from pipelinerl.concurrency import background
 from pipelinerl.config.schema import RunConfig
 from pipelinerl.loop import Finished, Run, train
+from pipelinerl.metrics.history import History
 from pipelinerl.metrics.log import MetricsLog
 from pipelinerl.metrics.rollouts import RolloutWriter
 from pipelinerl.rollout.buffer import GroupBuffer
@@ -210,7 +211,10 @@ def measure(args: argparse.Namespace, engines: int) -> tuple[float, float]:
             log=MetricsLog(run_dir),
             rollouts=RolloutWriter(run_dir, config.metrics.rollout_groups_per_step),
             saver=Saver(config, store, trainer, run_dir / "exports"),
+            history=History.open(run_dir, config.journal),
         )
+        lag = config.async_.lag_bound
+        run.history.journal.started(0, None, run.buffer.ledger.to_dict(), config.dump(), lag)
         seconds, spent = asyncio.run(timed(run, fleet))
         run.log.close()
     assert trainer.version == args.steps
