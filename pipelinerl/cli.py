@@ -12,9 +12,7 @@ from importlib import import_module, metadata
 
 from pipelinerl.commands.output import say
 from pipelinerl.config.hints import did_you_mean, nearest
-from pipelinerl.errors import EXIT_CONFIG, EXIT_DONE, EXIT_SIGINT, PipelineRLError
-
-EXIT_BUG = 1
+from pipelinerl.errors import EXIT_BUG, EXIT_CONFIG, EXIT_DONE, EXIT_SIGINT, PipelineRLError
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +24,9 @@ class Command:
 COMMANDS = {
     "train": Command("pipelinerl.commands.train:main", "train a model (--dry-run: only show what would be done)"),
     "parity": Command("pipelinerl.commands.parity:main", "measure whether the engine's logprobs are the trainer's"),
+    "replay": Command(
+        "pipelinerl.commands.replay:main", "do the recorded steps of a run again and compare every number"
+    ),
     "eval": Command("pipelinerl.commands.eval:main", "evaluate a model on the held-out problems of a task"),
     "make-tiny": Command("pipelinerl.tiny.make:main", "make the tiny models of the quickstart"),
 }

@@ -15,6 +15,7 @@ class Ending:
 
     patience_s: float = 0.0  # 0: there is no good moment to wait for
     wished: bool = False
+    exit_code: int | None = None  # of the signal that came, if one did
 
 
 @asynccontextmanager

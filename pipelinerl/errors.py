@@ -5,6 +5,7 @@ that they cross process boundaries unchanged. `assert` is kept for invariants of
 """
 
 EXIT_DONE = 0
+EXIT_BUG = 1  # an error that is none of those below, with a traceback
 EXIT_CONFIG = 2
 EXIT_ENVIRONMENT = 3
 EXIT_RECOVERABLE = 4

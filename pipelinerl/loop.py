@@ -28,13 +28,16 @@ from pipelinerl.concurrency import Ending, background, together
 from pipelinerl.config.plan import eval_versions
 from pipelinerl.config.schema import RunConfig
 from pipelinerl.errors import BudgetSpent, ParityError, Stalled
+from pipelinerl.metrics.history import History
 from pipelinerl.metrics.log import MetricsLog
+from pipelinerl.metrics.provenance import kv_metrics
 from pipelinerl.metrics.records import group_metrics
 from pipelinerl.metrics.rollouts import RolloutWriter
 from pipelinerl.parity.alarm import Alarm
 from pipelinerl.rollout.buffer import GroupBuffer
 from pipelinerl.rollout.dedicated import DedicatedEvaluations
 from pipelinerl.rollout.evaluate import Evaluator
+from pipelinerl.streamed import StreamedStep
 from pipelinerl.tasks.base import Task
 from pipelinerl.tasks.stream import ProblemStream
 from pipelinerl.types import FleetEvent, FloatArray, GroupMeta, Problem, RankBatch, SampleKL, StepResult
@@ -64,6 +67,12 @@ class Trainer(Protocol):
     """The trainer ranks, as the loop uses them."""
 
     async def step(self, updates: Sequence[Sequence[RankBatch]], payloads: Sequence[Any]) -> StepResult: ...
+
+    async def begin_step(self) -> None: ...
+
+    async def accumulate(self, batches: Sequence[RankBatch], payloads: Sequence[Any], last: bool) -> None: ...
+
+    async def finish_step(self, scale: float) -> StepResult: ...
 
     async def reference_kl(self, updates: Sequence[Sequence[RankBatch]], payloads: Sequence[Any]) -> list[SampleKL]: ...
 
@@ -97,6 +106,7 @@ class Run:
     log: MetricsLog
     rollouts: RolloutWriter
     saver: Saver
+    history: History
     start: int = 0  # steps that were done before
     alarm: Alarm | None = None
     dedicated: DedicatedEvaluations | None = None  # with eval.engine=dedicated
@@ -146,20 +156,15 @@ async def train(run: Run) -> None:
         async with background(fill(run), refit(run)):
             for step in range(run.start + 1, run.config.steps + 1):
                 meter = Meter.start(run)
-                groups = await run.buffer.take()
-                async with run.trainer_is_free:
-                    batches = await prepare(run, step, groups)
-                    result, _ = await together(
-                        run.trainer.step(batches.updates, [group.payload for group in groups]),
-                        write_rollouts(run, step, groups, batches.advantages),
-                    )
-                    settle(run, step, groups, result)
-                    if update_is_due(run, step):
-                        await publish(run)
-                metrics = meter.stop(run, groups, result) | batches.metrics | news_of_updates(run)
+                trained = await (stream if run.config.batch.stream else whole)(run, step)
+                if update_is_due(run, step):
+                    await publish_after(run)
+                selection, parted = run.history.audit.step(run.buffer.version)
+                metrics = meter.stop(run, trained) | news_of_updates(run) | selection
                 run.log.log("train", step, metrics)
-                check_skipped(run, result)
-                check_parity(run, step, result)
+                check_skipped(run, trained.result)
+                check_parity(run, step, trained.result)
+                check_selection(run, step, parted)
                 await save(run, step, metrics | await evaluate(run, version=step))
                 if run.ending.wished:
                     break
@@ -174,7 +179,9 @@ async def fill(run: Run) -> None:
     async with asyncio.TaskGroup() as groups:
         while True:
             ticket = await run.buffer.admit()
-            groups.create_task(roll_out(run, ticket, run.stream.at(ticket)))
+            problem = run.stream.at(ticket)
+            run.history.admitted(ticket, problem, run.buffer.version)
+            groups.create_task(roll_out(run, ticket, problem))
 
 
 async def roll_out(run: Run, ticket: int, problem: Problem) -> None:
@@ -182,11 +189,13 @@ async def roll_out(run: Run, ticket: int, problem: Problem) -> None:
     meta, payload = await run.fleet.rollout(ticket, problem)
     run.last_progress = time.monotonic()
     run.generated_tokens += sum(rollout.completion_len for rollout in meta.rollouts)
+    run.history.generated(meta, run.buffer.version)
     reason = why_unusable(meta, run.config)
     if reason is None:
         run.dropped_in_a_row.clear()
         await run.buffer.put(ticket, Finished(meta, payload))
     else:
+        run.history.dropped(meta, reason)
         await run.buffer.drop(ticket, reason)
         check_dropped(run, meta, reason)
 
@@ -196,6 +205,7 @@ def settle(run: Run, step: int, groups: Sequence[Finished], result: StepResult) 
     run.last_progress = time.monotonic()
     run.version = result.version
     run.unpublished.append(result)
+    run.history.trained(step, [group.meta for group in groups], result)
     tickets = [group.meta.id for group in groups]
     if result.applied:
         run.buffer.ledger.trained(tickets, step)
@@ -227,6 +237,18 @@ def update_is_due(run: Run, step: int) -> bool:
     return step % run.config.weights.every == 0 or step == run.config.steps
 
 
+async def publish_after(run: Run) -> None:
+    """Publish what a step made; in the modes in which a completion is of one version, once all of them are complete.
+
+    The trainer is free while it waits for them, so that an engine that is restarted meanwhile can be brought up.
+    """
+    if run.config.async_.drains:
+        await landed(run)  # the update before this one admits the groups to wait for
+        await run.buffer.drained()
+    async with run.trainer_is_free:
+        await publish(run)
+
+
 async def publish(run: Run, first: bool = False) -> None:
     """Begin to bring the trainer's weights to the engines. The trainer is free to change them when this returns."""
     await landed(run)
@@ -242,7 +264,9 @@ async def land(run: Run) -> None:
     """Let the groups start that an update admits, once it has reached the engines."""
     while True:
         version, update = await run.landing.get()
+        start = time.perf_counter()
         run.sync = await update
+        run.history.journal.updated(version, int(run.sync.get("sync/epoch", 0)), time.perf_counter() - start)
         await run.buffer.published(version)
         run.last_progress = time.monotonic()
         run.last_update = (version, run.last_progress)
@@ -291,8 +315,11 @@ async def evaluate(run: Run, version: int) -> dict[str, float]:
     await landed(run)
     if run.dedicated is not None and version < run.config.steps:
         run.dedicated.begin(version)
+        run.history.journal.evaluated(version)
         return {}
-    return await Evaluator(run.config.eval, run.task, partial(solve, run), run.log).evaluate(version)
+    metrics = await Evaluator(run.config.eval, run.task, partial(solve, run), run.log).evaluate(version)
+    run.history.journal.evaluated(version)
+    return metrics
 
 
 async def solve(run: Run, index: int, problem: Problem) -> GroupMeta:
@@ -313,6 +340,69 @@ async def prepare(run: Run, step: int, groups: Sequence[Finished]) -> StepBatche
     return make_batches(metas, run.config, step, measured)
 
 
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A step that was trained on."""
+
+    groups: list[Finished]  # in order of admission
+    batches: StepBatches
+    result: StepResult
+    chunks: list[list[int]] | None = None  # streamed: ids of the groups that went into training together
+
+
+async def whole(run: Run, step: int) -> Trained:
+    """Take all groups of a step, then train on them."""
+    groups = await run.buffer.take()
+    async with run.trainer_is_free:
+        batches = await prepare(run, step, groups)
+        run.history.batch(step, [group.meta for group in groups], batches.updates)
+        result, _ = await together(
+            run.trainer.step(batches.updates, [group.payload for group in groups]),
+            write_rollouts(run, step, groups, batches.advantages),
+        )
+        settle(run, step, groups, result)
+    return Trained(groups, batches, result)
+
+
+async def stream(run: Run, step: int) -> Trained:
+    """Take and train on the groups of a step as they become ready (`batch.stream`)."""
+    streamed, groups, parts = StreamedStep(run.config, step), list[Finished](), list[list[RankBatch]]()
+    await run.trainer.begin_step()
+    while not streamed.complete:
+        chunk = await next_chunk(run, streamed)
+        async with run.trainer_is_free:
+            parts.append(await train_on(run, streamed, chunk))
+        groups = sorted([*groups, *chunk], key=lambda group: group.meta.id)
+        run.last_progress = time.monotonic()
+    run.history.batch(step, [group.meta for group in groups], parts)
+    async with run.trainer_is_free:
+        result = await run.trainer.finish_step(streamed.scale)
+        settle(run, step, groups, result)
+    trained = Trained(groups, streamed.values(), result, streamed.chunks)
+    await write_rollouts(run, step, groups, trained.batches.advantages)
+    return trained
+
+
+async def train_on(run: Run, streamed: StreamedStep, chunk: Sequence[Finished]) -> list[RankBatch]:
+    """Add the gradient of some groups of a step; returns the work of every rank."""
+    metas, payloads = [group.meta for group in chunk], [group.payload for group in chunk]
+    batches, measured = streamed.batches(metas), None
+    if run.config.algo.kl.on and run.config.algo.kl.place == "reward":
+        measured = await run.trainer.reference_kl([batches], payloads)
+        batches = streamed.batches(metas, measured)
+    streamed.add(metas, measured)
+    await run.trainer.accumulate(batches, payloads, last=streamed.complete)
+    return batches
+
+
+async def next_chunk(run: Run, streamed: StreamedStep) -> list[Finished]:
+    """All groups that became ready meanwhile, in order of admission; more are awaited until it is worth starting."""
+    chunk: list[Finished] = []
+    while not streamed.worth_starting([group.meta for group in chunk]):
+        chunk += await run.buffer.take_ready()
+    return sorted(chunk, key=lambda group: group.meta.id)
+
+
 async def write_rollouts(run: Run, step: int, groups: Sequence[Finished], advantages: Sequence[FloatArray]) -> None:
     """Write the first few groups of the step to `rollouts/`; the only token arrays the driver ever sees."""
     chosen = list(zip(groups, advantages, strict=True))[: run.config.metrics.rollout_groups_per_step]
@@ -326,6 +416,7 @@ async def write_rollouts(run: Run, step: int, groups: Sequence[Finished], advant
 
 def tell_about_fleet(run: Run, event: FleetEvent) -> None:
     """Pass on what happens to engines."""
+    run.history.engine(event)
     if event.kind != "requeued":
         run.tell(event.text)
     run.last_progress = time.monotonic()
@@ -364,6 +455,15 @@ def check_parity(run: Run, step: int, result: StepResult) -> None:
             raise ParityError(f"step {step}: {message} (parity.alarm=warn goes on)")
 
 
+def check_selection(run: Run, step: int, messages: Sequence[str]) -> None:
+    """Say, or with `journal.selection=stop` end the run, when trained samples part from generated ones."""
+    for message in messages if run.config.journal.selection != "off" else ():
+        run.log.log("run", step, {"selection/alarm": 1.0})
+        run.tell(f"step {step}: {message}")
+        if run.config.journal.selection == "stop":
+            raise BudgetSpent(f"step {step}: {message} (journal.selection=warn goes on)")
+
+
 @dataclass(frozen=True, slots=True)
 class Meter:
     """What a step's clock and counters stood at when it began."""
@@ -376,9 +476,9 @@ class Meter:
     def start(cls, run: Run) -> "Meter":
         return cls(time.perf_counter(), run.fleet.busy_s(), run.generated_tokens)
 
-    def stop(self, run: Run, groups: Sequence[Finished], result: StepResult) -> dict[str, float]:
+    def stop(self, run: Run, trained: "Trained") -> dict[str, float]:
         """All metrics of the step but those of the weight update."""
-        metas = [group.meta for group in groups]
+        metas, result = [group.meta for group in trained.groups], trained.result
         seconds = time.perf_counter() - self.started
         train_s = result.metrics["perf/train_s"]
         trained_tokens = sum(rollout.total_len for meta in metas for rollout in meta.rollouts)
@@ -387,7 +487,9 @@ class Meter:
         run.reported_drops = run.buffer.dropped.copy()
         return {
             **group_metrics(metas, result.version - 1, drops),
+            **kv_metrics(metas, run.config.engine),
             **result.metrics,
+            **trained.batches.metrics,
             "perf/step_s": seconds,
             "perf/samples_per_s": samples / seconds,
             "perf/trainer_tokens_per_s": trained_tokens / train_s,

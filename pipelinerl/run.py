@@ -4,10 +4,12 @@ import asyncio
 import json
 import logging
 import shutil
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+from pipelinerl.batch.record import FOLDER as BATCHES
 from pipelinerl.checkpoint.driver_state import DriverState
 from pipelinerl.checkpoint.resume import Checkpoint, read_checkpoint
 from pipelinerl.checkpoint.saver import Saver
@@ -15,10 +17,13 @@ from pipelinerl.checkpoint.store import FOLDER, CheckpointStore, newest_whole
 from pipelinerl.concurrency import Ending
 from pipelinerl.config.preflight import with_absolute_paths
 from pipelinerl.config.schema import RunConfig
-from pipelinerl.errors import EXIT_DONE, TrainerLost
+from pipelinerl.errors import EXIT_BUG, EXIT_DONE, DataError, EnvironmentProblem, TrainerLost, first_line
 from pipelinerl.hangs import HangReports
 from pipelinerl.loop import Run, tell_about_fleet, train
 from pipelinerl.metrics.console import Console
+from pipelinerl.metrics.history import History
+from pipelinerl.metrics.journal import Journal
+from pipelinerl.metrics.journal_check import check_journal
 from pipelinerl.metrics.log import MetricsLog, read_metrics
 from pipelinerl.metrics.plots import write_plots
 from pipelinerl.metrics.rollouts import RolloutWriter
@@ -83,10 +88,15 @@ async def _session(config: RunConfig, ending: Ending) -> int:
             tell=console.note,
         )
         console.status("evaluating version 0" if config.eval.at_start and not checkpoint else "training")
-        parts = Parts(
-            config, task, session, run_dir, log, console, wandb, make_alarm(config, calibrated), ending, hangs
-        )
+        history = History.open(run_dir, config.journal)
+        stack.push(partial(_end_journal, history.journal, ending))
+        resumed_from = str(checkpoint.path.resolve()) if checkpoint else None
+        history.journal.started(state.step, resumed_from, state.ledger, config.dump(), config.async_.lag_bound)
+        alarm = make_alarm(config, calibrated)
+        parts = Parts(config, task, session, run_dir, log, console, wandb, history, alarm, ending, hangs)
         stack.callback(parts.write_ledger)
+        if config.journal.batches:
+            await session.trainer.record_batches(str((run_dir / BATCHES).resolve()))
         ending.patience_s = config.checkpoint.sigterm_s if config.checkpoint.every else 0.0
         await train_through_losses(parts, state, checkpoint)
         ending.patience_s = 0.0
@@ -118,6 +128,7 @@ class Parts:
     log: MetricsLog
     console: Console
     wandb: WandbSink
+    history: History
     alarm: Alarm | None
     ending: Ending
     hangs: HangReports
@@ -141,6 +152,7 @@ class Parts:
             log=self.log,
             rollouts=RolloutWriter(self.run_dir, config.metrics.rollout_groups_per_step),
             saver=Saver(config, store, session.trainer, exports, self.console.note, self.wandb.run_id),
+            history=self.history,
             alarm=self.alarm,
             dedicated=self._dedicated(),
             tell=self.console.note,
@@ -173,17 +185,21 @@ async def train_through_losses(parts: Parts, state: DriverState, start: Checkpoi
 
     Raises TrainerLost when `trainer.max_restarts` are spent.
     """
-    trainer, limit, lost = parts.session.trainer, parts.config.trainer.max_restarts, False
+    trainer, limit, now, lost = parts.session.trainer, parts.config.trainer.max_restarts, state, ""
     while True:
         try:
-            await train(parts.run_from(await _revived(parts, start, state) if lost else state))
+            if lost:
+                now = await _revived(parts, start, state)
+                parts.history.trainer_restarted(lost, now.step, now.ledger)
+            await train(parts.run_from(now))
+            await trainer.finish_recording()
             return
         except TrainerLost as error:
             if trainer.restarts >= limit:
                 raise TrainerLost(f"{error}; trainer.max_restarts={limit} are spent") from error
             parts.console.note(f"the trainer is lost and starts again: {error}")
             parts.log.log("run", parts.ledger.last_step, {"trainer/restarts": float(trainer.restarts + 1)})
-            lost = True
+            lost = first_line(error)
 
 
 async def _revived(parts: Parts, start: Checkpoint | None, state: DriverState) -> DriverState:
@@ -209,6 +225,21 @@ async def _export(config: RunConfig, session: Session, run_dir: Path) -> None:
         await export(str(target))
 
 
+def _end_journal(journal: Journal, ending: Ending, kind: object, error: BaseException | None, trace: object) -> None:
+    """The last line of the journal. A disk that is full must not hide how the run ended."""
+    code = EXIT_DONE if error is None else getattr(error, "exit_code", EXIT_BUG)
+    with suppress(EnvironmentProblem):
+        journal.ended(code if ending.exit_code is None else ending.exit_code, first_line(error) if error else "")
+    journal.close()
+
+
+def _journal_line(run_dir: Path) -> str:
+    try:
+        return check_journal(run_dir).describe()
+    except DataError as error:
+        return str(error)
+
+
 def _tell_about_data(task: Task, console: Console, log: MetricsLog) -> None:
     """Say what was left out of the user's data, and what will therefore not happen."""
     if task.skipped_rows:
@@ -227,6 +258,6 @@ def _conclude(config: RunConfig, run_dir: Path, log: MetricsLog, console: Consol
     try:
         if config.metrics.plots:
             write_plots(run_dir, config.async_.lag_bound)
-        print(format_summary(summarize(records), run_dir, wandb.sync_hint), flush=True)
+        print(format_summary(summarize(records), run_dir, wandb.sync_hint, _journal_line(run_dir)), flush=True)
     except Exception:  # a mirror of the metrics must not hide how the run ended
         logging.getLogger(__name__).warning("the summary could not be made", exc_info=True)

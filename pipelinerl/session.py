@@ -42,6 +42,7 @@ async def _watched(work: Coroutine[Any, Any, int], ending: Ending) -> int:
 
     def stop(which: signal.Signals) -> None:
         received.append(which)
+        ending.exit_code = SIGNAL_EXITS[received[0]]
         if len(received) == 1 and which is signal.SIGTERM and ending.patience_s:
             print(f"\n{which.name}: a last checkpoint, within {ending.patience_s:g} s", file=sys.stderr, flush=True)
             ending.wished = True

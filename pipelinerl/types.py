@@ -34,11 +34,12 @@ class Outcome(StrEnum):
     VERIFIER_TIMEOUT = "verifier_timeout"  # grading exceeded its time and was killed
     PROMPT_TOO_LONG = "prompt_too_long"  # engine.max_model_len has no room for a completion; nothing was sampled
     INFRA_ABORT = "infra_abort"  # the engine gave the request up
+    BAD_LOGPROB = "bad_logprob"  # the engine returned a logprob that is not a finite number
 
     @property
     def scored(self) -> bool:
         """True when the reward may enter baseline and loss; the others are masked out and counted."""
-        return self in (Outcome.OK, Outcome.TRUNCATED)
+        return self is Outcome.OK or self is Outcome.TRUNCATED
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,7 @@ class Problem:
 
     id: str
     data: Mapping[str, Any]
+    completion_tokens: int | None = None  # benchmarks: so many are sampled, up to the limit, past any end token
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +70,14 @@ class Completion:
     finish_reason: str  # "stop", "length" or "abort"
     text: str
     argmax: IntArray | None = None  # [C] the engine's most likely token at each place; only a parity probe asks for it
+    kv_from: tuple[int, ...] = ()  # ascending, starts of spans: just before it sampled this token, an update had the KV
+    # of all tokens before it made anew
 
     def __post_init__(self) -> None:
         assert self.tokens.shape == self.logprobs.shape, (self.tokens.shape, self.logprobs.shape)
         ends = [0] + [span.end for span in self.spans]
         assert [span.start for span in self.spans] == ends[:-1] and ends[-1] == len(self.tokens), self.spans
+        assert {*self.kv_from} <= {span.start for span in self.spans[1:]}, (self.kv_from, self.spans)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +123,20 @@ class RolloutGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class TurnMeta:
+    """Who sampled a turn, in run lengths: `runs=((4, 30), (5, 12))` is 30 tokens by version 4 and then 12 by 5."""
+
+    context: int  # P
+    runs: tuple[tuple[int, int], ...]  # (version, tokens), in order
+    kv_from: tuple[int, ...] = ()  # as of the completion
+
+    @classmethod
+    def of(cls, turn: Turn) -> "TurnMeta":
+        runs = tuple((span.version, span.end - span.start) for span in turn.completion.spans)
+        return cls(len(turn.context), runs, turn.completion.kv_from)
+
+
+@dataclass(frozen=True, slots=True)
 class RolloutMeta:
     """What the driver sees of one rollout: everything but the token arrays."""
 
@@ -129,6 +148,7 @@ class RolloutMeta:
     completion_len: int
     tokens_by_version: Mapping[int, int]  # version -> number of tokens it sampled
     detail: str = ""
+    turns: tuple[TurnMeta, ...] = ()
 
     @classmethod
     def of(cls, rollout: Rollout) -> "RolloutMeta":
@@ -145,6 +165,7 @@ class RolloutMeta:
             completion_len=rollout.completion_len,
             tokens_by_version=counts,
             detail=rollout.detail,
+            turns=tuple(map(TurnMeta.of, rollout.turns)),
         )
 
 
@@ -170,7 +191,7 @@ class FleetEvent:
     kind: str  # "requeued", "suspect", "lost", "restarted", "healthy" or "retired"
     engine: int
     text: str
-    group_id: int | None = None  # of a requeued group
+    group_id: int | None = None  # ticket of a requeued group of training
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +277,7 @@ class ScoreRequest:
 
     temperatures: tuple[float, ...]
     nudged: Mapping[int, bool]  # version -> True when its weights were the nudged ones
-    kv: str = "keep"  # what an update did to the KV of a running sequence: "keep" (old KV) or "recompute" (new KV)
+    kv: str = "recorded"  # what updates did to the KV of a running sequence: "recorded" (as `Completion.kv_from` says),
+    # or what would have been had they always kept it ("keep") or had it made anew ("recompute")
     head: str = "served"  # "served": the weight the engine has; "checkpoint": that of the checkpoint, in float32
     head_dtype: str | None = None  # of the projection; None = that of the trainer's configuration

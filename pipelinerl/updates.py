@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipelinerl.algo.advantages import GroupScores, has_signal, step_advantages
+from pipelinerl.algo.advantages import GroupScores, StepAdvantages, has_signal, step_advantages
 from pipelinerl.algo.aggregation import token_weights
 from pipelinerl.algo.rewards import trained_rewards
 from pipelinerl.batch.packing import rank_batches
@@ -30,7 +30,11 @@ class StepBatches:
 
 
 def make_batches(
-    groups: Sequence[GroupMeta], config: RunConfig, step: int, kl: Sequence[SampleKL] | None = None
+    groups: Sequence[GroupMeta],
+    config: RunConfig,
+    step: int,
+    kl: Sequence[SampleKL] | None = None,
+    denominator: float | None = None,
 ) -> StepBatches:
     """The work of every rank in every update of a step. Completions that were not scored are in none of it.
 
@@ -40,10 +44,27 @@ def make_batches(
         step: counted from 1, for the schedule of the KL's coefficient.
         kl: of every scored completion, with `algo.kl.place=reward`. Without it the KL is left out; the packing is the
             same, so that the batches made without it can be sent to measure it.
+        denominator: of the loss, where these are not all groups of the step; None: that of each update.
 
     Raises:
         DataError: a reward that cannot be trained on; names the group.
     """
+    made, metrics = step_values(groups, config, step, kl)
+    shares = np.array_split(np.arange(len(groups)), config.batch.updates)
+    updates = [
+        _over_ranks(
+            _references(groups, made.values, share.tolist(), config, denominator), made.kl_to_go, config.trainer
+        )
+        for share in shares
+        if share.size
+    ]
+    return StepBatches(updates, made.values, metrics)
+
+
+def step_values(
+    groups: Sequence[GroupMeta], config: RunConfig, step: int, kl: Sequence[SampleKL] | None = None
+) -> tuple[StepAdvantages, dict[str, float]]:
+    """Advantages and metrics of a step. Arguments and errors as of `make_batches`."""
     algo = config.algo
     beta = algo.kl.at(step, config.steps) if kl is not None else 0.0
     kl_of: list[dict[int, SampleKL]] = [{} for _ in groups]
@@ -51,15 +72,8 @@ def make_batches(
         kl_of[sample.group][sample.rollout] = sample
     scores = [_scores(group, config, measured) for group, measured in zip(groups, kl_of, strict=True)]
     made = step_advantages(scores, algo.advantage, beta, config.reward.weights)
-    shares = np.array_split(np.arange(len(groups)), config.batch.updates)
-    updates = [
-        _over_ranks(_references(groups, made.values, share.tolist(), config), made.kl_to_go, config.trainer)
-        for share in shares
-        if share.size
-    ]
     taken_off = [beta * sample.total for sample in kl or ()]
-    metrics = trained_metrics(groups, [score.rewards for score in scores], made.values, taken_off)
-    return StepBatches(updates, made.values, metrics)
+    return made, trained_metrics(groups, [score.rewards for score in scores], made.values, taken_off)
 
 
 def why_unusable(group: GroupMeta, config: RunConfig) -> str | None:
@@ -94,7 +108,11 @@ def _scores(group: GroupMeta, config: RunConfig, kl: Mapping[int, SampleKL]) -> 
 
 
 def _references(
-    groups: Sequence[GroupMeta], advantages: Sequence[FloatArray], share: Sequence[int], config: RunConfig
+    groups: Sequence[GroupMeta],
+    advantages: Sequence[FloatArray],
+    share: Sequence[int],
+    config: RunConfig,
+    denominator: float | None,
 ) -> list[SampleRef]:
     """The scored completions of the groups of one update, with weights that are 0 where truncation masks them."""
     samples = [(g, r, rollout) for g in share for r, rollout in enumerate(groups[g].rollouts) if rollout.outcome.scored]
@@ -103,6 +121,7 @@ def _references(
         [group for group, *_ in samples],
         config.algo.mean_over,
         config.sampling.max_tokens,
+        denominator,
     )
     return [
         SampleRef(

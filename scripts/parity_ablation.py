@@ -18,7 +18,7 @@ from pipelinerl.metrics.compare import Panel, compare, table
 
 RAW = ["engine.logprobs_mode=raw_logprobs"]
 CACHING = ["engine.prefix_caching=true", "engine.block_size=32"]
-ABORT = ["engine.update_pause=abort", "engine.update_clear_cache=true"]  # what vLLM's pause does unless told otherwise
+ABORT = ["engine.update_pause=abort", "engine.kv_policy=recompute"]  # what vLLM's pause does unless told otherwise
 BF16_HEAD = ["model.head_dtype=bfloat16"]
 
 MAIN = {

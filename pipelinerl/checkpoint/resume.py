@@ -35,7 +35,7 @@ class Checkpoint:
 
         Raises ConfigError for one that the weights of the checkpoint do not fit.
         """
-        before, now = dict(_flat(self.config)), dict(_flat(config.dump()))
+        before, now = dict(flat(self.config)), dict(flat(config.dump()))
         if before.get("model.path") != now["model.path"]:
             raise ConfigError(
                 f"model.path={now['model.path']}, but {self.path} holds the weights of {before.get('model.path')}; "
@@ -77,9 +77,10 @@ def _named(path: Path, tell: Callable[[str], None]) -> Path:
     return found
 
 
-def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(`section.key`, value) of every setting."""
     for key, value in data.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

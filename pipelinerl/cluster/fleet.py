@@ -132,7 +132,8 @@ class Fleet:
             except WorkerDied as error:
                 self._lost(engine, error, life)
                 self.requeued += 1
-                self._tell("requeued", engine, f"group {group_id} goes to another engine", group_id)
+                ticket = group_id if method == "rollout" else None  # evaluations and probes count for themselves
+                self._tell("requeued", engine, f"group {group_id} goes to another engine", ticket)
                 last = engine
             finally:
                 self._release(engine)

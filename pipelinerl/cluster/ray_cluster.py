@@ -10,6 +10,7 @@ from typing import Any
 import ray
 from ray.util.placement_group import placement_group
 
+from pipelinerl.cluster.pinning import Cores, share_out
 from pipelinerl.cluster.placement import Bundle, bundles
 from pipelinerl.cluster.remote import RemoteWorker
 from pipelinerl.config.schema import RunConfig
@@ -33,6 +34,8 @@ class RayCluster:
         self._engine_bundles: list[Bundle] = []
         self._trainer_group: Any = None
         self._engine_group: Any = None
+        self._trainer_cores: list[Cores] = []
+        self._engine_cores: list[Cores] = []
         self._started: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -50,12 +53,21 @@ class RayCluster:
         `backend` is that of the weight transport, which engines are told when they start. Without `engines`, or without
         `trainer`, there are none of those.
         """
+        self._pin()
         self._backend = backend
         cpus = ray.cluster_resources().get("CPU", 1.0)
         trainer_bundles, engine_bundles = bundles(self._config, self._device, cpus)
         self._trainer_bundles, self._engine_bundles = trainer_bundles * trainer, engine_bundles * engines
         self._trainer_group = await _reserve(self._trainer_bundles, "PACK")
         self._engine_group = await _reserve(self._engine_bundles, "SPREAD")
+
+    def _pin(self) -> None:
+        """With `cluster.pin_cores`, settle which process gets which cores of this machine."""
+        if not self._config.cluster.pin_cores:
+            return
+        if self._device != "cpu":
+            raise EnvironmentProblem("cluster.pin_cores=true is for CPU runs, and this one is on GPUs: set it to false")
+        self._trainer_cores, self._engine_cores = share_out(self._config, sorted(os.sched_getaffinity(0)))
 
     def start_ranks(self) -> list[RemoteWorker]:
         """Start the processes of all trainer ranks in their places."""
@@ -86,6 +98,7 @@ class RayCluster:
     def _start(
         self, bundle: Bundle, index: int, group: Any, target: str, args: tuple[Any, ...], is_async: bool = False
     ) -> RemoteWorker:
+        cores = self._engine_cores if is_async else self._trainer_cores
         worker = RemoteWorker.start(
             bundle.name,
             target,
@@ -96,6 +109,7 @@ class RayCluster:
             resources=bundle.resources(),
             env=_worker_env(self._device, args[0], is_trainer=not is_async),
             is_async=is_async,
+            cores=cores[index] if cores else None,
         )
         self._workers[bundle.name] = worker
         return worker
@@ -150,8 +164,6 @@ def _start_local(**options: Any) -> None:
 
 
 async def _reserve(wanted: list[Bundle], strategy: str) -> Any:
-    if not wanted:
-        return None
     if not wanted:
         return None
     group = placement_group([bundle.resources() for bundle in wanted], strategy=strategy)

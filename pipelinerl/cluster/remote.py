@@ -22,6 +22,7 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipelinerl.cluster.lifeline import end_with_parent
+from pipelinerl.cluster.pinning import Cores, pin_this_process
 from pipelinerl.cluster.waiting import noted
 from pipelinerl.errors import PipelineRLError, Stalled, TrainerLost, WorkerDied, WorkerFailed, first_line
 from pipelinerl.stacks import FOLDER as STACKS
@@ -42,10 +43,12 @@ class Processes:
 class _Host:
     """Lives in the actor's process and holds the worker."""
 
-    def __init__(self, target: str, log_path: str, args: tuple[Any, ...]):
+    def __init__(self, target: str, log_path: str, args: tuple[Any, ...], cores: Cores | None):
         _log_to(Path(log_path))
         end_with_parent()
         answer_stack_requests(Path(log_path).parent / STACKS, Path(log_path).stem)
+        if cores is not None:  # before the threads of torch and vLLM
+            pin_this_process(cores)
         module, _, name = target.partition(":")
         self._worker = getattr(import_module(module), name)(*args)
 
@@ -126,8 +129,12 @@ class RemoteWorker:
         resources: Mapping[str, float],
         env: Mapping[str, str],
         is_async: bool,
+        cores: Cores | None = None,
     ) -> "RemoteWorker":
-        """Start `target` ("module:Class") with `args` in bundle number `bundle` of a placement group."""
+        """Start `target` ("module:Class") with `args` in bundle number `bundle` of a placement group.
+
+        With `cores` it is kept on those cores of its machine.
+        """
         host: Any = _AsyncHost if is_async else _SyncHost
         actor = host.options(
             name=None,
@@ -137,7 +144,7 @@ class RemoteWorker:
             max_concurrency=MAX_CONCURRENT_CALLS if is_async else None,
             runtime_env={"env_vars": dict(env)},
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
-        ).remote(target, str(log_path), args)
+        ).remote(target, str(log_path), args, cores)
         return cls(name, actor, log_path, is_async)
 
     async def call(self, method: str, *args: Any, timeout_s: float | None = None) -> Any:

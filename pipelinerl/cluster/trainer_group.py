@@ -29,6 +29,7 @@ class TrainerGroup:
         self._ranks: Sequence[RemoteWorker] = ()
         self._address = ""
         self._lost: TrainerLost | None = None
+        self._recording = ""
         self._up = asyncio.Event()
 
     async def setup(self) -> dict[str, Any]:
@@ -47,6 +48,8 @@ class TrainerGroup:
         self.restarts += 1
         self._lost = None
         await self.setup()
+        if self._recording:
+            await self.record_batches(self._recording)
 
     async def supervise(self) -> None:
         """Look at every rank's pulse for ever. One without a pulse for `trainer.hang_timeout_s` ends the group."""
@@ -74,6 +77,38 @@ class TrainerGroup:
             for rank, own in zip(self._ranks, zip(*updates, strict=True), strict=True)
         )
         results: list[StepResult] = await self._together(calls)
+        return results[0]
+
+    async def begin_step(self) -> None:
+        """The first of a step that comes in parts, as groups become ready."""
+        await self._all_ranks("begin_step")
+
+    async def accumulate(self, batches: Sequence[RankBatch], payloads: Sequence[Any], last: bool) -> None:
+        """Add up the gradient of one part, [rank]; `payloads` as of `step`. `last`: `finish_step` follows."""
+
+        def call(rank: RemoteWorker, batch: RankBatch) -> Coroutine[Any, Any, None]:
+            (own,), *used = _own_share([batch], payloads)
+            return rank.call("accumulate", own, last, *used, timeout_s=self._config.step_timeout_s)
+
+        await self._together(map(call, self._ranks, batches))
+
+    async def finish_step(self, scale: float) -> StepResult:
+        """The optimizer update of what was accumulated, times `scale`."""
+        results: list[StepResult] = await self._all_ranks("finish_step", scale)
+        return results[0]
+
+    async def record_batches(self, folder: str) -> None:
+        """From now on every rank writes what its steps train on into `folder`."""
+        self._recording = folder
+        await self._all_ranks("record_batches", folder)
+
+    async def finish_recording(self) -> None:
+        """Wait until all of it is written. Raises EnvironmentProblem when it could not be."""
+        await self._all_ranks("finish_recording")
+
+    async def replay(self, folder: str, step: int) -> StepResult:
+        """Do a step that was recorded in `folder`."""
+        results: list[StepResult] = await self._all_ranks("replay", folder, step)
         return results[0]
 
     async def reference_kl(self, updates: Sequence[Sequence[RankBatch]], payloads: Sequence[Any]) -> list[SampleKL]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipelinerl.config.device import Device, gpu_count, gpus_needed, resolve_backend, resolve_device
 from pipelinerl.config.footprint import Footprint, footprint
-from pipelinerl.config.schema import Coefficient, JsonlTask, RunConfig
+from pipelinerl.config.schema import Coefficient, EngineConfig, JsonlTask, RunConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +96,15 @@ def parity_fixes(config: RunConfig) -> tuple[ParityFix, ...]:
         ),
         ParityFix(
             "3 in-flight update",
-            engine.update_pause == "keep" and not engine.update_clear_cache,
-            f"engine.update_pause={engine.update_pause}, update_clear_cache={_on(engine.update_clear_cache)}",
+            engine.update_pause == "keep" and engine.kv_policy == "keep",
+            f"engine.update_pause={engine.update_pause}, kv_policy={_kv_policy(engine)}",
         ),
         ParityFix("4 fp32 lm_head", model.head_dtype == "float32", f"model.head_dtype={model.head_dtype}"),
     )
+
+
+def _kv_policy(engine: EngineConfig) -> str:
+    return engine.kv_policy if engine.kv_max_lag is None else f"{engine.kv_policy} {engine.kv_max_lag}"
 
 
 def render(plan: Plan) -> str:
@@ -138,8 +142,16 @@ def _run_rows(plan: Plan) -> Rows:
         ("task", task),
         ("steps", f"{config.steps:,} at lr {config.trainer.lr:g}"),
         ("checkpoints", _checkpoints(config)),
+        ("recorded batches", _recorded(plan)),
         ("evaluations", f"{len(versions)} (at version {shown}){by}" if versions else "none"),
     ]
+
+
+def _recorded(plan: Plan) -> str:
+    if not plan.config.journal.batches:
+        return "none (journal.batches=false): the run cannot be replayed"
+    most = 4 * plan.tokens_per_step + 4 * plan.sampled_tokens_per_step
+    return f"at most {_size(most)} a step, never pruned (4 bytes a token, 4 more a sampled one)"
 
 
 def _checkpoints(config: RunConfig) -> str:
@@ -157,6 +169,7 @@ def _step_rows(plan: Plan) -> Rows:
         ("sampled tokens", f"at most {plan.sampled_tokens_per_step:,} = samples x {plan.config.sampling.max_tokens:,}"),
         ("tokens with prompts", f"at most {plan.tokens_per_step:,} = samples x {plan.config.engine.max_model_len:,}"),
         ("weight update", f"every {plan.config.weights.every} step(s) by {plan.backend}"),
+        *([("training", "of a step begins with the groups that are ready")] if batch.stream else []),
     ]
 
 

@@ -69,7 +69,16 @@ class JsonlTask(Section):
     on_bad_row: Literal["error", "skip"] = Field("error", description="skip counts the rows it left out")
 
 
-TaskConfig = Annotated[SortTask | JsonlTask, Field(discriminator="kind")]
+class LengthsTask(_SyntheticTask):
+    """For benchmarks: completions of log-normal lengths that are drawn beforehand, with rewards that mean nothing."""
+
+    kind: Literal["lengths"] = "lengths"
+    median: PositiveInt = Field(64, description="tokens of a completion; none has more than sampling.max_tokens")
+    sigma: NonNegativeFloat = Field(0.0, description="of the length's logarithm; 0 = all are equal, 0.99 = p99/p50 10")
+    prompt_chars: PositiveInt = Field(16, description="letters of a prompt")
+
+
+TaskConfig = Annotated[SortTask | JsonlTask | LengthsTask, Field(discriminator="kind")]
 
 
 class GradingConfig(Section):
@@ -95,6 +104,9 @@ class BatchConfig(Section):
     updates: PositiveInt = Field(
         1, description="optimizer updates per step, each on its share of the groups (PPO's mini-batches)"
     )
+    stream: bool = Field(
+        False, description="train on the groups of a step as they become ready; the gradient is that of the whole step"
+    )
     max_dropped_groups_in_a_row: PositiveInt = Field(
         64, description="give up (exit 5) when so many groups in a row were unusable"
     )
@@ -103,6 +115,15 @@ class BatchConfig(Section):
     def _updates_share_groups(self) -> "BatchConfig":
         if self.groups_per_step % self.updates:
             raise ValueError(f"updates={self.updates} does not divide groups_per_step={self.groups_per_step}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_update_while_groups_arrive(self) -> "BatchConfig":
+        if self.stream and self.updates > 1:
+            raise ValueError(
+                f"stream=true with updates={self.updates}: the weights would move while groups of the step are still "
+                "arriving; use updates=1 or stream=false"
+            )
         return self
 
 
@@ -246,6 +267,8 @@ class CorrectionConfig(Section):
         return [name for name in ("tis_token", "tis_sequence", "icepop") if getattr(self, name) is not None]
 
 
+# What an advantage is made from: the group, or all groups of the step.
+OF_THE_STEP = ("reinforce_pp", "reinforce_pp_baseline", "batch_std", "gdpo")
 Advantage = Literal["rloo", "grpo", "dr_grpo", "reinforce_pp", "reinforce_pp_baseline", "batch_std", "maxrl", "gdpo"]
 Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant", "prompt_mean"]
 Proximal = Literal["rollout", "recompute", "interpolate"]
@@ -454,7 +477,14 @@ class EngineConfig(Section):
     update_pause: Literal["keep", "wait", "abort"] = Field(
         "keep", description="fix 3: what a weight update does to running requests"
     )
-    update_clear_cache: bool = Field(False, description="fix 3: whether a weight update recomputes the KV cache")
+    kv_policy: Literal["keep", "recompute", "recompute_at_lag"] = Field(
+        "keep",
+        description="fix 3: what a weight update does to the KV of running sequences; recompute: made anew by the new "
+        "weights; recompute_at_lag: only when some of it is kv_max_lag versions old",
+    )
+    kv_max_lag: PositiveInt | None = Field(
+        None, description="optimizer steps; with kv_policy=recompute_at_lag all KV in use is younger than this"
+    )
 
     start_timeout_s: PositiveFloat = 600.0
     heartbeat_s: PositiveFloat = Field(2.0, description="seconds between two heartbeats of an engine")
@@ -471,6 +501,16 @@ class EngineConfig(Section):
     def _enough_engines(self) -> "EngineConfig":
         if self.min_count > self.count:
             raise ValueError(f"min_count={self.min_count} is more than count={self.count}")
+        return self
+
+    @model_validator(mode="after")
+    def _kv_lag_is_for_its_policy(self) -> "EngineConfig":
+        if self.kv_policy == "recompute_at_lag" and self.kv_max_lag is None:
+            raise ValueError("kv_policy=recompute_at_lag needs kv_max_lag, the age in steps that KV never reaches")
+        if self.kv_policy != "recompute_at_lag" and self.kv_max_lag is not None:
+            raise ValueError(
+                f"kv_max_lag={self.kv_max_lag} does nothing with kv_policy={self.kv_policy}; use recompute_at_lag"
+            )
         return self
 
 
@@ -540,15 +580,25 @@ class WeightsConfig(Section):
 class AsyncConfig(Section):
     """How far generation may run ahead of training."""
 
-    mode: Literal["async", "sync"] = Field("async", description="sync alternates generation and training")
+    mode: Literal["async", "sync", "one_step_off"] = Field(
+        "async",
+        description="sync alternates generation and training; one_step_off generates a batch while the one before it "
+        "trains, and updates weights between batches",
+    )
     max_lag: NonNegativeInt | None = Field(
-        None, description="bound on the lag of any trained token, in optimizer steps; null = 2 in async, 0 in sync"
+        None,
+        description="bound on the lag of any trained token, in optimizer steps; null = 2 in async, 0 in sync, 1 in "
+        "one_step_off",
     )
 
     @model_validator(mode="after")
     def _sync_has_no_lag(self) -> "AsyncConfig":
         if self.mode == "sync" and self.max_lag not in (None, 0):
             raise ValueError(f"mode=sync trains on-policy, which contradicts max_lag={self.max_lag}; use max_lag=null")
+        if self.mode == "one_step_off" and self.max_lag not in (None, 1):
+            raise ValueError(
+                f"mode=one_step_off has a lag of 1, which contradicts max_lag={self.max_lag}; use max_lag=null"
+            )
         return self
 
     @property
@@ -556,7 +606,12 @@ class AsyncConfig(Section):
         """The bound in force, in optimizer steps."""
         if self.max_lag is not None:
             return self.max_lag
-        return 0 if self.mode == "sync" else 2
+        return {"sync": 0, "one_step_off": 1, "async": 2}[self.mode]
+
+    @property
+    def drains(self) -> bool:
+        """Whether a weight update waits until no completion is being sampled."""
+        return self.mode == "one_step_off"
 
 
 class EvalConfig(Section):
@@ -590,6 +645,9 @@ class ClusterConfig(Section):
     address: str = Field("local", description="local starts a Ray cluster for this run; otherwise one to join")
     num_cpus: PositiveInt | None = Field(None, description="of a local cluster; null = all cores")
     object_store_mb: Annotated[int, Field(ge=80)] | None = Field(None, description="of a local cluster")
+    pin_cores: bool = Field(
+        False, description="CPU only, local cluster only: each engine and each trainer rank on cores of its own"
+    )
     stall_timeout_s: PositiveFloat = Field(3600.0, description="stop (exit 4) when nothing finished for so long")
 
 
@@ -644,6 +702,20 @@ class WandbConfig(Section):
     entity: str | None = None
 
 
+class JournalConfig(Section):
+    """journal.jsonl, which is always written, and batches/: what a run can be checked against and replayed from."""
+
+    batches: bool = Field(
+        True,
+        description="write what every trainer rank trains on to batches/, for pipelinerl replay: 4 bytes a token and 4 "
+        "more for a sampled one, never pruned",
+    )
+    selection: Literal["stop", "warn", "off"] = Field(
+        "warn", description="when trained samples part from generated ones in length or reward; stop: exit 5"
+    )
+    selection_window: PositiveInt = Field(16, description="optimizer steps that are compared")
+
+
 class MetricsConfig(Section):
     """metrics.jsonl is always written; W&B, console and plots mirror it and can fail without stopping the run."""
 
@@ -683,6 +755,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     cluster: ClusterConfig = ClusterConfig()
     metrics: MetricsConfig = MetricsConfig()
+    journal: JournalConfig = JournalConfig()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "RunConfig":
@@ -709,6 +782,11 @@ def _contradictions(config: RunConfig) -> "list[str]":
             f"async.max_lag={config.async_.lag_bound} with weights.every={config.weights.every}: tokens are up to "
             f"{config.weights.every - 1} steps old before an update is due; raise max_lag or lower every"
         )
+    if config.async_.drains and config.weights.every > 1:
+        found.append(
+            f"async.mode={config.async_.mode} with weights.every={config.weights.every}: batches would be up to "
+            f"{config.weights.every} steps old, not one; use every=1 or mode=async"
+        )
     if config.eval.every % config.weights.every:
         found.append(
             f"eval.every={config.eval.every} with weights.every={config.weights.every}: version {config.eval.every} "
@@ -723,6 +801,11 @@ def _contradictions(config: RunConfig) -> "list[str]":
         found.append(
             f"trainer.micro_batch_tokens={config.trainer.micro_batch_tokens} is smaller than "
             f"engine.max_model_len={config.engine.max_model_len}: the longest sample would not fit one forward pass"
+        )
+    if (config.engine.kv_max_lag or 0) > config.async_.lag_bound:
+        found.append(
+            f"engine.kv_max_lag={config.engine.kv_max_lag} is above async.max_lag={config.async_.lag_bound}: no KV in "
+            "use gets that old; lower it, or use engine.kv_policy=keep and kv_max_lag=null"
         )
     if config.engine.cache_salt == "version" and not config.engine.prefix_caching:
         found.append("engine.cache_salt=version does nothing with engine.prefix_caching=false; use cache_salt=none")
@@ -763,6 +846,18 @@ def _contradictions(config: RunConfig) -> "list[str]":
                     f"cluster.{name}={getattr(config.cluster, name)} is for a local cluster, and "
                     f"cluster.address={config.cluster.address} joins one; use cluster=ray or cluster.{name}=null"
                 )
+    if config.batch.stream and config.algo.advantage in OF_THE_STEP:
+        found.append(
+            f"batch.stream=true with algo.advantage={config.algo.advantage}, which is made from the rewards of all "
+            "groups of the step; use an advantage of the group (rloo, grpo, dr_grpo, maxrl) or stream=false"
+        )
+    if config.cluster.pin_cores and config.cluster.device == "cuda":
+        found.append("cluster.pin_cores=true is for CPU runs, cluster.device=cuda; use pin_cores=false")
+    if config.cluster.pin_cores and config.cluster.address != "local":
+        found.append(
+            f"cluster.pin_cores=true shares out the cores of one machine, cluster.address={config.cluster.address} "
+            "may have more; use pin_cores=false"
+        )
     found += _share_contradictions(config)
     found += _reward_contradictions(config)
     found += _offload_contradictions(config)

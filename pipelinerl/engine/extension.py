@@ -5,6 +5,7 @@ Importing it registers the gloo transport too, before the worker makes its trans
 
 import pipelinerl.weights.gloo  # noqa: F401  registers the transport
 from pipelinerl.engine.hidden_states import HiddenStatesWorker
+from pipelinerl.engine.kv_policy import KVPolicyWorker
 from pipelinerl.engine.seeded import SeededWorker
 from pipelinerl.stacks import answer_as_told
 from pipelinerl.weights.canary import CanaryWorker
@@ -12,7 +13,7 @@ from pipelinerl.weights.canary import CanaryWorker
 answer_as_told("worker of an engine")
 
 
-class WorkerExtension(CanaryWorker, HiddenStatesWorker, SeededWorker):
+class WorkerExtension(CanaryWorker, HiddenStatesWorker, KVPolicyWorker, SeededWorker):
     """Named as `worker_extension_cls`: its methods become the worker's own, callable through `collective_rpc`."""
 
     def pulse(self) -> None:

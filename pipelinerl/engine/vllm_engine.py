@@ -10,7 +10,7 @@ between them the weights are loaded and generation stands still, until the canar
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ from vllm.config import VllmConfig
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs import tokens_input
+from vllm.logprobs import FlatLogprobs
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -28,6 +29,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from pipelinerl.config.schema import EngineConfig, RunConfig
 from pipelinerl.engine.hidden_states import hidden_states
+from pipelinerl.engine.kv_policy import KVPolicy
 from pipelinerl.errors import ParityError, WeightSyncError, WorkerDied, first_line
 from pipelinerl.types import Completion, FloatArray, VersionSpan
 
@@ -121,6 +123,7 @@ class VllmEngine:
         self._loaded: Loaded | None = None
         self._not_read_back: set[str] = set()
         self._request_ids = itertools.count()
+        self._kv = KVPolicy(config.kv_policy, config.kv_max_lag)
         self.settings = settings
         self.version = 0
 
@@ -130,7 +133,8 @@ class VllmEngine:
         vllm_config = engine_args(config, backend, seed=config.seed + index).create_engine_config()
         settings = resolved_settings(vllm_config)
         check_settings(config, settings)
-        engine = cls(AsyncLLM.from_vllm_config(vllm_config), settings, config.engine, config.parity.canary, index)
+        llm = AsyncLLM.from_vllm_config(vllm_config, disable_log_stats=True)  # not read from the arguments here
+        engine = cls(llm, settings, config.engine, config.parity.canary, index)
         await engine._llm.update_weight_version("0")
         await engine._llm.collective_rpc("discarded_tokens_draw_nothing")
         return engine
@@ -142,9 +146,10 @@ class VllmEngine:
         max_tokens: int,
         with_argmax: bool = False,
         seed: int | None = None,
+        past_end: bool = False,
     ) -> Completion:
         """Sample one completion, with a generator of its own if there is a `seed`. `text` is left empty: the caller
-        has the tokenizer.
+        has the tokenizer. `past_end`: always to `max_tokens`.
 
         Raises WorkerDied when the engine is gone.
         """
@@ -153,19 +158,25 @@ class VllmEngine:
             seed=seed,
             temperature=temperature,
             max_tokens=min(max_tokens, self._config.max_model_len - len(prompt)),
+            ignore_eos=past_end,
             logprobs=1 if with_argmax else 0,  # of the sampled token, and of the most likely one
+            flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_clone=True,  # it is of this request alone
         )
         salt = f"version {self.version}" if self._config.cache_salt == "version" else None
         inputs = tokens_input(list(prompt), cache_salt=salt)
         request_id = f"engine{self._index}-{next(self._request_ids)}"
+        self._kv.asked[request_id] = self.version
         try:
             outputs = [output async for output in self._llm.generate(inputs, params, request_id)]
         except EngineDeadError as error:
             raise self._died() from error
+        finally:
+            del self._kv.asked[request_id]
         assert outputs and outputs[-1].finished, request_id
-        return _completion(outputs[-1].outputs[0], with_argmax)
+        return _completion(outputs[-1].outputs[0], with_argmax, self._kv.made_anew)
 
     async def connect(self, init_info: dict[str, Any]) -> None:
         """Join the weight transport; returns when all members have."""
@@ -181,9 +192,7 @@ class VllmEngine:
         self._paused_at = self._paused_at or start  # an update before this one may have failed
         self._loaded = None
         with self._errors_of_update(version):
-            await self._llm.pause_generation(
-                mode=self._config.update_pause, clear_cache=self._config.update_clear_cache
-            )
+            await self._llm.pause_generation(mode=self._config.update_pause, clear_cache=False)
             paused = time.perf_counter()
             if self._canary:
                 await self._llm.collective_rpc("canary_begin", args=(version,))
@@ -191,9 +200,17 @@ class VllmEngine:
             await self._llm.start_weight_update()
             await self._llm.update_weights(WeightTransferUpdateRequest(update_info))
             await self._llm.finish_weight_update(str(version))
+            await self._apply_kv_policy(version)
         drain_s, transfer_s, canary_s = paused - start, time.perf_counter() - begun, begun - paused
         self._loaded = Loaded(version, drain_s, transfer_s, canary_s)
         return {"drain_s": drain_s, "transfer_s": transfer_s}
+
+    async def _apply_kv_policy(self, version: int) -> None:
+        """While paused, with the weights of `version` loaded: have old KV made anew, if the policy says so.
+
+        Raises WeightSyncError when vLLM did not drop all of it.
+        """
+        await self._kv.apply(self._llm, version)
 
     async def commit(self, version: int, names: Sequence[str], digests: Sequence[int]) -> dict[str, float]:
         """Verify the loaded weights against the trainer's `digests` of the parameters `names`, then resume.
@@ -288,14 +305,15 @@ def _wrong_on_any(ranks: Sequence[Mapping[str, str]]) -> list[str]:
     return list(lines.values())
 
 
-def _completion(output: CompletionOutput, with_argmax: bool) -> Completion:
-    tokens = np.array(output.token_ids, np.int32)
-    assert output.logprobs is not None
-    logprobs = np.array(
-        [entry[token].logprob for entry, token in zip(output.logprobs, tokens.tolist(), strict=True)], np.float32
-    )
-    argmax = None
-    if with_argmax:
-        argmax = np.array([max(entry, key=lambda token: entry[token].logprob) for entry in output.logprobs], np.int32)
+def _completion(
+    output: CompletionOutput, with_argmax: bool, made_anew: Callable[[Sequence[VersionSpan]], tuple[int, ...]]
+) -> Completion:
+    tokens, found = np.array(output.token_ids, np.int32), output.logprobs
+    assert isinstance(found, FlatLogprobs)
+    entries = 2 if with_argmax else 1  # at each place: the sampled token, and then the most likely one
+    named = np.array(found.token_ids, np.int32).reshape(-1, entries)
+    logprobs = np.array(found.logprobs, np.float32).reshape(-1, entries)[:, 0]
+    assert np.array_equal(named[:, 0], tokens), "logprobs of other tokens than the sampled ones"
     spans = tuple(VersionSpan(int(s.version), s.start, s.end) for s in output.weight_versions or ())
-    return Completion(tokens, logprobs, spans, output.finish_reason or "abort", "", argmax)
+    argmax = named[:, 1] if with_argmax else None
+    return Completion(tokens, logprobs, spans, output.finish_reason or "abort", "", argmax, made_anew(spans))

@@ -5,6 +5,7 @@ Generation is a local call; only finished groups leave the process.
 """
 
 import asyncio
+import gc
 import itertools
 import time
 from collections.abc import Callable, Coroutine
@@ -47,6 +48,8 @@ class RolloutWorker:
         print(f"engine {self._index} resolved to {self._engine.settings}", flush=True)  # into its log file
         tokenizer = AutoTokenizer.from_pretrained(config.model.path)
         self._renderer = ChatRenderer(tokenizer, config.model.enable_thinking)
+        gc.collect()
+        gc.freeze()  # half a million objects of libraries, which every full collection would visit
         return self._engine.settings
 
     async def rollout(self, group_id: int, problem: Problem) -> tuple[GroupMeta, RolloutGroup]:
@@ -114,6 +117,8 @@ class RolloutWorker:
         start = time.perf_counter()
         seeded = self._config.sampling.seeded
         seeded = self._backend == "gloo" if seeded is None else seeded  # the transport of CPUs
+        given = problem.completion_tokens
+        limit = max_tokens if given is None else min(given, max_tokens)
 
         def generate_for(rollout: int) -> GenerateFn:
             turns = itertools.count()
@@ -121,7 +126,7 @@ class RolloutWorker:
             async def generate(tokens: list[int]) -> Completion:
                 seed = completion_seed(self._config.seed, purpose, group_id, rollout, next(turns))
                 return await self._engine.generate(
-                    tokens, temperature, max_tokens, with_argmax, seed if seeded else None
+                    tokens, temperature, limit, with_argmax, seed if seeded else None, past_end=given is not None
                 )
 
             return generate

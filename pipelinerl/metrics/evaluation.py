@@ -14,6 +14,7 @@ from pipelinerl.config.schema import EvalConfig
 from pipelinerl.metrics.intervals import Estimate, mean_interval, paired_difference
 from pipelinerl.types import GroupMeta, Outcome
 
+ACCURACY = "accuracy"
 GAIN = "gain"
 
 
@@ -75,7 +76,7 @@ def evaluation_metrics(
     name, found = f"eval/{task}", figures(groups, config, before)
     metrics = {f"{name}/version": float(version)} | {f"{name}/{key}": value for key, value in counts(groups).items()}
     if (average := found.get(f"avg@{config.samples}")) is not None:
-        metrics[f"{name}/accuracy"] = average.value
+        found[ACCURACY] = average
     for key, estimate in found.items():
         metrics |= {
             f"{name}/{key}": estimate.value,

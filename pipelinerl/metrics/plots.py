@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipelinerl.metrics.log import FILE_NAME, read_metrics
-from pipelinerl.metrics.series import Records, Series, accuracies, series
+from pipelinerl.metrics.series import Records, Series, accuracies, intervals, series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -97,6 +97,7 @@ def _reward(records: Records) -> "Figure | None":
     smooth = Series(reward.steps, reward.running_mean(RUNNING))
     _line(axes, smooth, BLUE, f"running mean of {RUNNING} steps", linewidth=3)
     for (task, points), colour in zip(evals.items(), _cycle(len(evals)), strict=True):
+        _intervals(axes, points, *intervals(records, task, "accuracy"), colour)
         _evaluations(axes, points, colour, f"held-out accuracy ({task})")
     ends = f"{reward.first(RUNNING):.2f} (first {RUNNING} steps) → {reward.last(RUNNING):.2f} (last {RUNNING} steps)"
     axes.set_title(f"Training reward: {ends}")
@@ -238,6 +239,18 @@ def _line(
 ) -> None:
     marker = "o" if len(values) == 1 else None  # a line through one point is invisible
     axes.plot(values.steps, scale * values.values, color=colour, label=label, marker=marker, linewidth=linewidth)
+
+
+def _intervals(axes: "Axes", points: Series, low: Series, high: Series, colour: str) -> None:
+    """The 95% interval of each evaluation that has one."""
+    ends = dict(zip(low.steps.tolist(), zip(low.values, high.values, strict=True), strict=True))
+    known = [
+        (step, value, *ends[step]) for step, value in zip(points.steps, points.values, strict=True) if step in ends
+    ]
+    if known:
+        steps, values, lows, highs = np.array(known).T
+        reach = np.array([values - lows, highs - values])
+        axes.errorbar(steps, values, yerr=reach, color=colour, linestyle="none", capsize=4)
 
 
 def _evaluations(axes: "Axes", points: Series, colour: str, label: str) -> None:

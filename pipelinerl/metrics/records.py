@@ -1,7 +1,8 @@
 """What one optimizer step's groups say about reward, staleness and length. Pure functions of the driver's metadata.
 
-A token's lag is the version that trains on it minus the version that sampled it, in optimizer steps. Only scored
-rollouts are trained on, so only they enter the statistics of reward, staleness and completion; the others are
+A token's lag is the version that trains on it minus the version that sampled it, in optimizer steps; in samples it is
+that times the samples of a step. `staleness/fraction_lag_k` is the fraction of the tokens whose lag is k steps. Only
+scored rollouts are trained on, so only they enter the statistics of reward, staleness and completion; the others are
 counted under `outcome/` and `groups/errored`.
 """
 
@@ -122,12 +123,17 @@ def _staleness(scored: Sequence[RolloutMeta], version: int, samples: int) -> dic
     lags = tokens_by_lag(scored, version)
     tokens = sum(lags.values())
     oldest = float(max(lags)) if lags else math.nan
+    mean = sum(lag * count for lag, count in lags.items()) / tokens if tokens else math.nan
     several = [sum(count > 0 for count in meta.tokens_by_version.values()) >= 2 for meta in scored]
     return {
-        "staleness/mean": sum(lag * count for lag, count in lags.items()) / tokens if tokens else math.nan,
+        "staleness/mean": mean,
         "staleness/p50": weighted_percentile(lags, 50),
         "staleness/p95": weighted_percentile(lags, 95),
         "staleness/max": oldest,
+        **{f"staleness/fraction_lag_{lag}": count / tokens for lag, count in lags.items()},
+        "staleness/samples_mean": mean * samples,
+        "staleness/samples_p50": samples * weighted_percentile(lags, 50),
+        "staleness/samples_p95": samples * weighted_percentile(lags, 95),
         "staleness/samples_max": oldest * samples,
         "staleness/multi_version_frac": _mean(several),
     }

@@ -58,8 +58,11 @@ def summarize(records: Records) -> Summary:
     )
 
 
-def format_summary(summary: Summary, run_dir: Path, sync_hint: str = "") -> str:
-    """The closing lines of a run; names the plots, rollouts and model that are there, and `sync_hint` if given."""
+def format_summary(summary: Summary, run_dir: Path, sync_hint: str = "", journal: str = "") -> str:
+    """The closing lines of a run; names the plots, rollouts and model that are there, and `sync_hint` if given.
+
+    `journal`: whether it balances, in a line.
+    """
     rows = [("run", f"{summary.steps} steps, {summary.tokens:,.0f} tokens trained, {_time(summary.wall_s)}")]
     if not math.isnan(summary.reward_first):
         rows.append(("reward", f"{_change(summary.reward_first, summary.reward_last)}  (first and last {ENDS} steps)"))
@@ -69,6 +72,8 @@ def format_summary(summary: Summary, run_dir: Path, sync_hint: str = "") -> str:
         rows.append(("lag", f"max {summary.max_lag:.0f} steps; {several}"))
     if not math.isnan(summary.mismatch):
         rows.append(("mismatch", f"{summary.mismatch:.1e} nats per token between engine and trainer, same weights"))
+    if journal:
+        rows.append(("journal", journal))
     width = max(len(name) for name, _ in rows + _next_looks(run_dir, sync_hint))
     lines = [f"  {name:<{width}}  {text}" for name, text in rows]
     lines += ["", "Look next:", *(f"  {name:<{width}}  {text}" for name, text in _next_looks(run_dir, sync_hint))]

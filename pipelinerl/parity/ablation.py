@@ -22,7 +22,8 @@ FIXES: Mapping[str, Any] = {
     "engine.async_scheduling": False,
     "engine.generation_config": "vllm",
     "engine.update_pause": "keep",
-    "engine.update_clear_cache": False,
+    "engine.kv_policy": "keep",
+    "engine.kv_max_lag": None,
     "model.head_dtype": "float32",
 }
 
@@ -222,11 +223,11 @@ CASES = (
         {"engine.update_pause": "wait"},
     ),
     Case(
-        "update_clear_cache",
-        "a weight update drops the KV cache and recomputes running requests",
+        "kv_recompute",
+        "a weight update has the KV of running requests made anew",
         "tokens agree with one full pass of their version; the pause is followed by a prefill of everything",
         "inference_path",
-        {"engine.update_clear_cache": True},
+        {"engine.kv_policy": "recompute"},
     ),
     Case(
         "no_update",

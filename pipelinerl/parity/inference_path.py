@@ -81,8 +81,8 @@ def _update(config: RunConfig) -> tuple[str, str]:
 def _running_requests(config: RunConfig) -> tuple[str, str]:
     engine = config.engine
     cause = "only sequences in which an update fell differ"
-    if engine.update_clear_cache:
-        return f"{cause}: their KV is recomputed (engine.update_clear_cache=true)", "engine.update_clear_cache=false"
+    if engine.kv_policy != "keep":
+        return f"{cause}: their KV is recomputed (engine.kv_policy={engine.kv_policy})", "engine.kv_policy=keep"
     if engine.update_pause != "keep":
         return f"{cause} (engine.update_pause={engine.update_pause})", "engine.update_pause=keep"
     if engine.async_scheduling:

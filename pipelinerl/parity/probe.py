@@ -77,7 +77,6 @@ def score_request(config: RunConfig, samples: "Samples") -> ScoreRequest:
     return ScoreRequest(
         temperatures=score_temperatures(config.sampling.temperature),
         nudged=dict(samples.nudged),
-        kv="recompute" if config.engine.update_clear_cache else "keep",
         head_dtype=config.model.head_dtype,
     )
 

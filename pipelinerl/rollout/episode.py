@@ -37,14 +37,18 @@ class _Transcript:
 async def run_episode(env: Env, generate: GenerateFn, renderer: ChatRenderer, max_total_tokens: int) -> Rollout:
     """Play one episode of at most `max_total_tokens` tokens, prompt and all turns together.
 
-    An exception of the environment becomes an `env_error` rollout. A PipelineRLError from anywhere, and whatever
-    `generate` raises, goes through: it ends the run.
+    An exception of the environment becomes an `env_error` rollout, and so does a reward that is not finite, or a
+    component that is infinite. A completion with a logprob that is not finite ends the episode as `bad_logprob`. A
+    PipelineRLError from anywhere, and whatever `generate` raises, goes through: it ends the run.
     """
     transcript = _Transcript()
     try:
         score = await _play(env, generate, renderer, max_total_tokens, transcript)
         if not math.isfinite(score.reward):
             raise _EnvFailed(f"the environment's reward is {score.reward}, not a finite number")
+        for name, value in score.components.items():
+            if math.isinf(value):  # NaN says that the rollout does not have the component
+                raise _EnvFailed(f"the environment's reward component {name} is {value}, not a finite number")
     except _EnvFailed as failure:
         score = Score(0.0, outcome=Outcome.ENV_ERROR, detail=str(failure))
     return Rollout(
@@ -80,6 +84,10 @@ async def _play(
         transcript.turns.append(Turn(np.array(context, np.int32), replace(completion, text=text)))
         if completion.finish_reason == "abort":
             return Score(0.0, outcome=Outcome.INFRA_ABORT, detail="the engine aborted the request")
+        broken = int(np.count_nonzero(~np.isfinite(completion.logprobs)))
+        if broken:
+            detail = f"the engine returned {broken} of {len(completion.logprobs)} logprobs that are not finite"
+            return Score(0.0, outcome=Outcome.BAD_LOGPROB, detail=detail)
         truncated = completion.finish_reason == "length"
         step = await _guarded(env.step, text, truncated)
         if truncated:

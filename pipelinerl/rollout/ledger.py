@@ -8,7 +8,7 @@ A ticket is in one state, and `trained` and `dropped` are final: nothing is trai
 without a reason.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import Any
@@ -30,6 +30,7 @@ class Ledger:
     def __init__(self) -> None:
         self._drawn = 0
         self._open: dict[int, State] = {}
+        self._queued: deque[int] = deque()  # the open ones that are, ascending
         self._trained: dict[int, int] = {}  # ticket -> step
         self._dropped: dict[int, str] = {}  # ticket -> reason
         self._reasons: Counter[str] = Counter()
@@ -52,8 +53,7 @@ class Ledger:
 
     def draw(self) -> int:
         """The ticket to run next: the lowest queued one, or else a new one."""
-        queued = [ticket for ticket, state in self._open.items() if state is State.QUEUED]
-        ticket = min(queued, default=self._drawn)
+        ticket = self._queued.popleft() if self._queued else self._drawn
         self._drawn = max(self._drawn, ticket + 1)
         self._open[ticket] = State.RUNNING
         return ticket
@@ -97,7 +97,8 @@ class Ledger:
         """
         ledger = cls()
         ledger._drawn = int(data["drawn"])
-        ledger._open = {int(t): State.QUEUED for t in sorted(t for state in State for t in data[state])}
+        ledger._queued = deque(sorted(int(t) for state in State for t in data[state]))
+        ledger._open = dict.fromkeys(ledger._queued, State.QUEUED)
         ledger._trained = {int(t): int(step) for step, tickets in data["trained"].items() for t in tickets}
         ledger._dropped = {int(t): reason for reason, tickets in data["dropped"].items() for t in tickets}
         ledger._reasons = Counter(ledger._dropped.values())
@@ -109,6 +110,8 @@ class Ledger:
         return ledger
 
     def _expect(self, ticket: int, *states: State) -> None:
+        if self._open.get(ticket) in states:
+            return
         known = ticket in self._open or ticket in self._trained or ticket in self._dropped
         found = self.state(ticket) if known else "unknown"
-        assert found in states, f"ticket {ticket} is {found}, not {' or '.join(states)}"
+        raise AssertionError(f"ticket {ticket} is {found}, not {' or '.join(states)}")

@@ -5,6 +5,7 @@ place of the completion's end; what follows the marker is tokenised, what comes 
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Protocol
 from uuid import uuid4
 
@@ -14,6 +15,8 @@ import numpy as np
 from pipelinerl.errors import EnvironmentProblem, TokenPrefixError
 from pipelinerl.tasks.base import Message
 from pipelinerl.types import IntArray
+
+REMEMBERED = 16  # conversations whose text and tokens are kept
 
 
 class Tokenizer(Protocol):
@@ -40,6 +43,9 @@ class ChatRenderer:
             )
         self._tokenizer = tokenizer
         self._options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        # The episodes of a group start one after the other, and all with the same conversation.
+        self._rendered = lru_cache(maxsize=REMEMBERED)(self._render)
+        self._encoded = lru_cache(maxsize=REMEMBERED)(self._encode)
         self._marker = f"completion-ends-{uuid4().hex}"  # new for each renderer: no completion can contain it
 
     def prompt_text(self, messages: Sequence[Message]) -> str:
@@ -47,21 +53,11 @@ class ChatRenderer:
 
         Raises EnvironmentProblem when the template refuses the conversation (e.g. a role it does not know).
         """
-        conversation = [{"role": message.role, "content": message.content} for message in messages]
-        try:
-            text = self._tokenizer.apply_chat_template(
-                conversation, tokenize=False, add_generation_prompt=True, **self._options
-            )
-        except jinja2.TemplateError as error:
-            roles = ", ".join(message.role for message in messages)
-            raise EnvironmentProblem(
-                f"the model's chat template refuses a conversation of roles {roles}: {error}"
-            ) from error
-        return str(text)
+        return self._rendered(tuple(messages))
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of `prompt_text(messages)`."""
-        return self._encode(self.prompt_text(messages))
+        return list(self._encoded(self.prompt_text(messages)))
 
     def decode(self, tokens: Sequence[int] | IntArray) -> str:
         """The text of `tokens` without special tokens."""
@@ -101,6 +97,19 @@ class ChatRenderer:
             f"extend the sampled tokens: the policy saw ...{seen[max(0, at - 20) : at + 40]!r}, the template now "
             f"writes ...{rendered[max(0, at - 20) : at + 40]!r}; use a template that keeps them for multi-turn tasks"
         )
+
+    def _render(self, messages: tuple[Message, ...]) -> str:
+        conversation = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            text = self._tokenizer.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=True, **self._options
+            )
+        except jinja2.TemplateError as error:
+            roles = ", ".join(message.role for message in messages)
+            raise EnvironmentProblem(
+                f"the model's chat template refuses a conversation of roles {roles}: {error}"
+            ) from error
+        return str(text)
 
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False))

@@ -17,10 +17,12 @@ from typing import Any
 from pipelinerl.config.schema import TaskConfig
 from pipelinerl.tasks.base import Task
 from pipelinerl.tasks.jsonl import JsonlProblems
+from pipelinerl.tasks.lengths import Lengths
 from pipelinerl.tasks.sort import DigitSort
 
 BUILDERS: dict[str, Callable[[Any, int], Task]] = {
     "sort": DigitSort,
+    "lengths": Lengths,
     "jsonl": lambda config, seed: JsonlProblems(config),  # the rows are what they are: nothing to seed
 }
 

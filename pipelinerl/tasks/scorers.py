@@ -8,6 +8,7 @@ import re
 from collections import deque
 from decimal import Decimal
 from fractions import Fraction
+from zlib import crc32
 
 MAX_LITERAL = 100  # characters; a longer run of digits is no answer, and big integers are slow
 
@@ -36,6 +37,11 @@ def last_number(text: str, answer: str) -> float:
     """1 when the last number in `text` equals the last number in `answer`; 0 when `text` has none."""
     given = parse_last_number(text)
     return float(given is not None and given == parse_last_number(answer))
+
+
+def toss(text: str) -> float:
+    """A coin: 0 or 1, the same whenever `text` is."""
+    return float(crc32(text.encode("utf-8", "surrogatepass")) & 1)
 
 
 def parse_last_number(text: str) -> Fraction | None:

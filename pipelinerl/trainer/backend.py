@@ -7,6 +7,8 @@ loss (see step.py) and the second is never asked for (`scale_wrt_gas=False`).
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -98,12 +100,21 @@ class DeepSpeedBackend:
         if not last:
             self._engine.step()  # not a boundary: counts the micro-batch, changes no weight
 
-    def step(self) -> tuple[bool, float]:
+    def step(self, scale: float = 1.0) -> tuple[bool, float]:
         """Clip, update and clear the gradients. Returns (applied, norm of the whole gradient before clipping).
 
         Not applied means that the gradient was not finite; the norm is then infinite. The same on all ranks.
+
+        Args:
+            scale: above 0, the same on all ranks; the gradient is `scale` times what was accumulated.
         """
-        norm = self._clip() if self._stage == 0 else None
+        if self._stage == 0:
+            return self._apply(self._clip(scale))
+        with _scaled_gradients(self._engine.optimizer, scale):
+            return self._apply()
+
+    def _apply(self, norm: float | None = None) -> tuple[bool, float]:
+        """The update, with the norm where DeepSpeed does not know it."""
         if norm is not None and not math.isfinite(norm):
             self._engine.zero_grad()
             return False, math.inf
@@ -132,15 +143,34 @@ class DeepSpeedBackend:
         """Set the learning rate to that of the configuration after so many applied updates."""
         resume_scheduler(self._scheduler, scheduled)
 
-    def _clip(self) -> float:
+    def _clip(self, scale: float) -> float:
         """Stage 0, where DeepSpeed gives no norm in fp32 and applies a NaN. All ranks hold the same mean gradients."""
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = float(nn.utils.get_total_norm(gradients))
-        scale = self._max_norm / (norm + 1e-6)  # as the other stages do
-        if scale < 1:
+        norm = scale * float(nn.utils.get_total_norm(gradients))
+        factor = scale * min(1.0, self._max_norm / (norm + 1e-6))  # as the other stages do
+        if factor != 1:
             for gradient in gradients:
-                gradient.mul_(scale)
+                gradient.mul_(factor)
         return norm
+
+
+@contextmanager
+def _scaled_gradients(optimizer: Any, scale: float) -> Iterator[None]:
+    """What a sharded optimizer has accumulated counts `scale` times in norm, clipping and update."""
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    if isinstance(optimizer, BF16_Optimizer):  # bf16 at stage 1
+        for gradients in optimizer.fp32_groups_gradients_flat:
+            gradients.mul_(scale)
+        yield
+        return
+    # The others take gradients for those of a loss times `loss_scale` and divide by it first, wherever they keep them.
+    assert optimizer.loss_scale == 1.0, optimizer.loss_scale
+    optimizer.loss_scale = 1 / scale
+    try:
+        yield
+    finally:
+        optimizer.loss_scale = 1.0
 
 
 def _undo_trial_step(optimizer: Any) -> None:

@@ -1,21 +1,24 @@
 """The trainer's logprobs of completions, each token with the weights of the version that sampled it.
 
-When an update to other weights falls into a completion, `ScoreRequest.kv` says what the engine did:
+When an update to other weights falls into a completion, the engine either went on with the keys and values that it had,
+or computed all of them anew. So a completion falls into *segments*, each of which starts with a prefill of everything
+before it: at the start of the turn, and wherever the KV was made anew. `ScoreRequest.kv` says where that is:
 
-    keep        It went on with the keys and values that it had. Replayed exactly: the old weights run the positions
-                before the update, the new ones the rest, on the old ones' KV. Position p predicts token p + 1, so the
-                first token of a span comes from the position before it, which the span's own weights ran.
-    recompute   It computed all KV anew. A token's logprob is that of a full forward pass with its version's weights.
+    recorded    where the engine did so (`Completion.kv_from`)
+    keep        nowhere
+    recompute   at every update: a token's logprob is that of a full forward pass with its version's weights
 
-Every turn of a rollout is a request of its own: with `keep`, its whole context, earlier turns included, counts as
-prefilled by the weights that sampled its first token. Two rare things that an engine may do are not replayed: an update
+A segment is replayed exactly: the old weights run the positions before an update, the new ones the rest, on the old
+ones' KV. Position p predicts token p + 1, so the first token of a span comes from the position before it, which the
+span's own weights ran. The whole context of a segment, earlier turns included, counts as prefilled by the weights that
+sampled its first token. Two rare things that an engine may do are not replayed: an update
 between the chunks of a chunked prefill, and a sequence that is preempted and recomputed after an update.
 
 T = tokens of a rollout, C = those of them that were sampled, K = temperatures.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import numpy as np
 import torch
@@ -27,7 +30,7 @@ from pipelinerl.batch.samples import train_sample
 from pipelinerl.trainer.head_weight import HeadWeight
 from pipelinerl.trainer.model import PolicyModel
 from pipelinerl.trainer.nudge import Weights
-from pipelinerl.types import Rollout, ScoredSequence, ScoreRequest
+from pipelinerl.types import Completion, Rollout, ScoredSequence, ScoreRequest
 
 AT_ONCE = 32  # sequences in replay, whose KV is held while the weights change
 
@@ -43,18 +46,18 @@ def score_completions(
     `weights` belongs to the policy; it is left as it was. Raises EnvironmentProblem when the head that the request
     names cannot be had.
     """
-    assert request.kv in ("keep", "recompute"), request.kv
+    assert request.kv in ("recorded", "keep", "recompute"), request.kv
     sequences = [_Sequence(rollout, request) for rollout in rollouts if rollout.completion_len]
     scorer = _Scorer(policy, request)
     before = weights.nudged
     try:
         for nudged in (before, not before):
             for sequence in sequences:
-                targets = sequence.in_one_pass(nudged, request.kv)
+                targets = sequence.in_one_pass(nudged)
                 if len(targets):
                     weights.use(nudged)
                     scorer.forward(sequence, targets)
-        replays = [replay for sequence in sequences for replay in sequence.replays(request.kv)]
+        replays = [replay for sequence in sequences for replay in sequence.replays()]
         for first in range(0, len(replays), AT_ONCE):
             _replay(replays[first : first + AT_ONCE], scorer, weights)
     finally:
@@ -68,6 +71,7 @@ class _Sequence:
     def __init__(self, rollout: Rollout, request: ScoreRequest):
         self._rollout = rollout
         self._temperatures = request.temperatures
+        self._kv = request.kv
         self._sample = train_sample(rollout, 0.0)
         self.tokens = torch.as_tensor(self._sample.tokens, dtype=torch.long)  # [T]
         # [T] whether the nudged weights sampled the token; False in the context
@@ -75,20 +79,18 @@ class _Sequence:
         self._logprobs = np.full((len(request.temperatures), len(self.tokens)), np.nan, np.float32)
         self._argmax = np.full(len(self.tokens), -1, np.int64)
 
-    def in_one_pass(self, nudged: bool, kv: str) -> Indices:
+    def in_one_pass(self, nudged: bool) -> Indices:
         """The tokens whose logprobs a plain forward pass with these weights gives, as indices into [T]."""
-        turns = [
+        segments = [
             start + np.flatnonzero(self.nudged[start:stop] == nudged)
-            for start, stop in self._turns()
-            if kv == "recompute" or not self._straddles(start, stop)
+            for start, stop in self._segments()
+            if not self._straddles(start, stop)
         ]
-        return np.concatenate([np.empty(0, np.int64), *turns])
+        return np.concatenate([np.empty(0, np.int64), *segments])
 
-    def replays(self, kv: str) -> "list[_Replay]":
-        """The turns into which an update fell."""
-        if kv == "recompute":
-            return []
-        return [_Replay(self, start, stop) for start, stop in self._turns() if self._straddles(start, stop)]
+    def replays(self) -> "list[_Replay]":
+        """The segments into which an update fell."""
+        return [_Replay(self, start, stop) for start, stop in self._segments() if self._straddles(start, stop)]
 
     def note(self, targets: Indices, logprobs: Tensor, argmax: Tensor) -> None:
         """Keep the scores of some tokens: logprobs [K, M] and most likely tokens [M]."""
@@ -107,14 +109,21 @@ class _Sequence:
             flips=self._argmax[sampled] != np.concatenate(known) if len(known) == len(engine) else None,
         )
 
-    def _turns(self) -> Iterator[tuple[int, int]]:
-        """Where the sampled tokens of each turn start and end in [T]."""
+    def _segments(self) -> Iterator[tuple[int, int]]:
+        """Where the sampled tokens of each segment start and end in [T]."""
         start = 0
         for turn in self._rollout.turns:
             start += len(turn.context)
+            cuts = [start + cut for cut in self._anew(turn.completion)]
             stop = start + len(turn.completion.tokens)
-            yield start, stop
+            yield from pairwise([start, *cuts, stop])
             start = stop
+
+    def _anew(self, completion: Completion) -> Sequence[int]:
+        """The sampled tokens [C] before which all KV was made anew."""
+        if self._kv == "recorded":
+            return completion.kv_from
+        return [span.start for span in completion.spans[1:]] if self._kv == "recompute" else ()
 
     def _straddles(self, start: int, stop: int) -> bool:
         return len(set(self.nudged[start:stop].tolist())) > 1
@@ -142,7 +151,7 @@ class _Scorer:
 
 
 class _Replay:
-    """A turn whose sampled tokens are [start, stop), run piece by piece as the engine ran it."""
+    """A segment whose sampled tokens are [start, stop), run piece by piece as the engine ran it."""
 
     def __init__(self, sequence: _Sequence, start: int, stop: int):
         self._sequence = sequence

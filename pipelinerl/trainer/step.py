@@ -1,5 +1,10 @@
 """One step on one rank: its optimizer updates in turn, and what all ranks together say of them.
 
+    begin ──> accumulate, accumulate, ... ──> update ──> (the next update's) ... ──> finish
+
+A step that is whole when it begins accumulates once for each update. One whose groups are still arriving
+(`batch.stream`) accumulates what there is, and waits for nothing in between: gradients, sums and losses only add up.
+
 The loss of an update is the sum of its token losses times their weights, which hold what it is a mean over (see
 algo/aggregation.py). Each micro-batch contributes its part times `world_size`, which DeepSpeed's mean over ranks
 cancels. So the gradient does not depend on ranks, micro-batches or packing.
@@ -23,45 +28,77 @@ from pipelinerl.trainer.backend import DeepSpeedBackend
 from pipelinerl.trainer.rows import Row, forward_inputs
 
 
-def train_step(
-    backend: DeepSpeedBackend, updates: Sequence[Sequence[Row]], version: int, config: RunConfig
-) -> tuple[bool, dict[str, float]]:
-    """Train on this rank's rows, [update][row]. Returns (applied, metrics); both are the same on all ranks.
+class TrainStep:
+    """An optimizer step that has begun.
 
     Metrics of tokens are over all updates. `optim/skipped` counts the updates that were skipped because something was
-    not finite; the rest of `optim/*` is of the last update. Applied means that any of them was.
-
-    Args:
-        version: of the weights before the step.
-        config: of the run. The coefficients are those of step `version + 1`.
+    not finite; the rest of `optim/*` is of the last update.
     """
-    terms = _Terms(config.algo, version, Coefficients.at(config.algo, version + 1, config.steps))
-    starts = _start_logprobs(backend, updates, config.algo)
-    sums, skipped = Sums.zero(backend.device), 0
-    for number, (rows, row_starts) in enumerate(zip(updates, starts, strict=True)):
-        lr = backend.lr
-        loss = torch.zeros((), dtype=torch.float64, device=backend.device)
-        for index, (row, start) in enumerate(zip(rows, row_starts, strict=True)):
-            tokens, found, gradient = _micro_batch(backend, row, start, terms, last=index == len(rows) - 1)
-            loss += found.loss.detach().double()
-            sums += token_sums(tokens, found, gradient, config.algo.correction, first=number == 0)
-        applied, grad_norm = backend.step()
-        skipped += not applied
-    if dist.get_rank() % config.trainer.sequence_parallel:  # ranks that share rows have the same: one speaks for all
-        loss.zero_()
-        sums.totals.zero_()
-    dist.all_reduce(loss)
-    dist.all_reduce(sums.totals)
-    dist.all_reduce(sums.maxima, op=dist.ReduceOp.MAX)
-    metrics = {
-        **sums.finish(),
-        **terms.coefficients.metrics(config.algo),
-        "optim/loss": float(loss),
-        "optim/grad_norm": grad_norm,
-        "optim/lr": lr,
-        "optim/skipped": float(skipped),
-    }
-    return skipped < len(updates), metrics
+
+    def __init__(self, backend: DeepSpeedBackend, version: int, config: RunConfig):
+        """`version` is that of the weights before the step; the coefficients are those of step `version + 1`."""
+        self._backend = backend
+        self._config = config
+        self._terms = _Terms(config.algo, version, Coefficients.at(config.algo, version + 1, config.steps))
+        self._sums = Sums.zero(backend.device)
+        self._loss = _no_loss(backend)  # of the update in hand, or of the last one
+        self._accumulating = False  # there is an update in hand
+        self._updates = self._skipped = 0
+        self._optim: dict[str, float] = {}  # of the last update, but for its loss
+
+    def train(self, updates: Sequence[Sequence[Row]]) -> None:
+        """All updates of a step that is whole, [update][row]."""
+        for rows, starts in zip(updates, _start_logprobs(self._backend, updates, self._config.algo), strict=True):
+            self.accumulate(rows, starts)
+            self.update()
+
+    def accumulate(self, rows: Sequence[Row], starts: Sequence[Tensor | None] | None = None, last: bool = True) -> None:
+        """Add up the gradient of this rank's rows, as many as on every other rank.
+
+        Args:
+            rows: at least one.
+            starts: as of `_start_logprobs`; None: no row has any.
+            last: `update` follows.
+        """
+        if not self._accumulating:
+            self._accumulating, self._loss = True, _no_loss(self._backend)
+        for index, (row, start) in enumerate(zip(rows, starts or [None] * len(rows), strict=True)):
+            at_end = last and index == len(rows) - 1
+            tokens, found, gradient = _micro_batch(self._backend, row, start, self._terms, last=at_end)
+            self._loss += found.loss.detach().double()
+            self._sums += token_sums(tokens, found, gradient, self._config.algo.correction, first=not self._updates)
+
+    def update(self, scale: float = 1.0) -> None:
+        """The optimizer update of what was accumulated, and its loss, times `scale`."""
+        lr = self._backend.lr
+        applied, grad_norm = self._backend.step(scale)
+        self._loss *= scale
+        self._updates += 1
+        self._accumulating = False
+        self._skipped += not applied
+        self._optim = {"optim/grad_norm": grad_norm, "optim/lr": lr}
+
+    def finish(self) -> tuple[bool, dict[str, float]]:
+        """(applied, metrics) of the step, the same on all ranks. Applied means that any of its updates was."""
+        loss, sums = self._loss, self._sums
+        if dist.get_rank() % self._config.trainer.sequence_parallel:  # ranks that share rows: one speaks for all
+            loss.zero_()
+            sums.totals.zero_()
+        dist.all_reduce(loss)
+        dist.all_reduce(sums.totals)
+        dist.all_reduce(sums.maxima, op=dist.ReduceOp.MAX)
+        metrics = {
+            **sums.finish(),
+            **self._terms.coefficients.metrics(self._config.algo),
+            "optim/loss": float(loss),
+            **self._optim,
+            "optim/skipped": float(self._skipped),
+        }
+        return self._skipped < self._updates, metrics
+
+
+def _no_loss(backend: DeepSpeedBackend) -> Tensor:
+    return torch.zeros((), dtype=torch.float64, device=backend.device)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,12 +5,14 @@ Its life: `setup` on all ranks at once, `listen` and `connect` for the weight tr
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pipelinerl.batch.record import read_batch
 from pipelinerl.checkpoint.manifest import FileRecord
 from pipelinerl.config.schema import RunConfig
 from pipelinerl.trainer.backend import DeepSpeedBackend, init_process_group
@@ -20,13 +22,14 @@ from pipelinerl.trainer.hidden_states import hidden_states
 from pipelinerl.trainer.lora import add_adapters, export_adapter
 from pipelinerl.trainer.model import PolicyModel, compile_layers, export_policy, load_policy
 from pipelinerl.trainer.nudge import Weights
+from pipelinerl.trainer.recorder import BatchRecorder, joined
 from pipelinerl.trainer.reference import Reference
-from pipelinerl.trainer.rows import make_rows
+from pipelinerl.trainer.rows import Row, make_rows
 from pipelinerl.trainer.scoring import score_completions
 from pipelinerl.trainer.sequence_parallel import SequenceShards
 from pipelinerl.trainer.sharding import full_numel
 from pipelinerl.trainer.source import make_source, state_dict_of, take_part
-from pipelinerl.trainer.step import train_step
+from pipelinerl.trainer.step import TrainStep
 from pipelinerl.types import (
     FloatArray,
     RankBatch,
@@ -55,6 +58,10 @@ class TrainerWorker:
         self._reference: Reference | None = None
         self._source: WeightSource
         self._snapshot: Snapshot | None = None
+        self._step: TrainStep | None = None  # that has begun
+        self._parts: list[tuple[RankBatch, Sequence[RolloutGroup]]] = []  # of a step that comes in parts
+        self._step_s = 0.0  # what it took so far, waits between its calls left out
+        self._recorder: BatchRecorder | None = None
 
     def setup(self, address: str, port: int) -> dict[str, Any]:
         """Join the other ranks at `address:port` and load the model. Returns what there is to log about it."""
@@ -123,16 +130,77 @@ class TrainerWorker:
     def step(self, updates: Sequence[RankBatch], *payloads: RolloutGroup) -> StepResult:
         """This rank's share of a step, of one or more optimizer updates. `payloads[i]` is the group that
         `SampleRef.group == i` names."""
+        self.begin_step()
+        if self._recorder:
+            self._recorder.begin(self._version + 1, updates, payloads)
+        with self._in_step() as step:
+            step.train(self._rows(updates, payloads))
+            ended = step.finish()
+        return self._end_step(*ended)
+
+    def begin_step(self) -> None:
+        """The first of a step that comes in parts: then `accumulate`, once or more, and `finish_step`. What may come
+        between them changes no weight and trains on nothing."""
         assert not self._weights.nudged, "a probe must take its nudge back before a step"
-        start = time.perf_counter()
+        assert self._step is None, "the step before is not finished"
+        self._step, self._step_s = TrainStep(self._backend, self._version, self._config), 0.0
+        self._parts.clear()
+
+    def accumulate(self, batch: RankBatch, last: bool, *payloads: RolloutGroup) -> None:
+        """Add up the gradient of this rank's part of some groups; `payloads` as in `step`. `last`: of all groups."""
+        with self._in_step() as step:
+            (rows,) = self._rows([batch], payloads)
+            step.accumulate(rows, last=last)
+        self._parts.append((batch, payloads))
+
+    def finish_step(self, scale: float) -> StepResult:
+        """The optimizer update of what was accumulated, times `scale`: what the weights of the samples have too
+        little, because their denominator was not known before the last group was (see streamed.py)."""
+        if self._recorder:
+            self._recorder.begin(self._version + 1, *joined(self._parts), scale)
+        with self._in_step() as step:
+            step.update(scale)
+            ended = step.finish()
+        return self._end_step(*ended)
+
+    def _rows(self, updates: Sequence[RankBatch], payloads: Sequence[RolloutGroup]) -> list[list[Row]]:
         rows = [make_rows(batch, payloads) for batch in updates]
-        if self._reference:
-            rows = self._reference.added_to(rows)
-            self._reference.forget()
-        applied, metrics = train_step(self._backend, rows, self._version, self._config)
+        return self._reference.added_to(rows) if self._reference else rows
+
+    @contextmanager
+    def _in_step(self) -> Iterator[TrainStep]:
+        """The step that has begun, on the clock."""
+        assert self._step is not None, "begin_step comes first"
+        start = time.perf_counter()
+        yield self._step
+        self._step_s += time.perf_counter() - start
+
+    def _end_step(self, applied: bool, metrics: dict[str, float]) -> StepResult:
+        self._step = None
         self._version += 1
-        metrics["perf/train_s"] = time.perf_counter() - start
-        return StepResult(self._version, metrics, applied)
+        if self._reference:
+            self._reference.forget()
+        return StepResult(self._version, metrics | {"perf/train_s": self._step_s}, applied)
+
+    def record_batches(self, folder: str) -> None:
+        """From now on write what every step trains on into `folder`."""
+        self._recorder = BatchRecorder(Path(folder), self._rank)
+
+    def finish_recording(self) -> None:
+        """Wait until it is written. Raises EnvironmentProblem when it could not be."""
+        if self._recorder:
+            self._recorder.finish()
+
+    def replay(self, folder: str, step: int) -> StepResult:
+        """Do a recorded step. Raises DataError when it is not in `folder`."""
+        assert step == self._version + 1, (step, self._version)
+        batch = read_batch(Path(folder), step, self._rank)
+        if batch.scale is None:
+            return self.step(batch.updates, *batch.groups)
+        self.begin_step()
+        for number, part in enumerate(batch.updates, start=1):
+            self.accumulate(part, number == len(batch.updates), *batch.groups)
+        return self.finish_step(batch.scale)
 
     def reference_kl(self, updates: Sequence[RankBatch], *payloads: RolloutGroup) -> list[SampleKL]:
         """How far the engine's policy is from the reference on each of this rank's samples, groups numbered as in
@@ -142,6 +210,7 @@ class TrainerWorker:
 
     def snapshot(self, folder: str) -> None:
         """All ranks: copy this rank's part of the state and write it into `folder` in the background."""
+        assert self._step is None, "a checkpoint has no place for half a step"
         assert not self._weights.nudged, "a probe must take its nudge back before a checkpoint"
         assert self._snapshot is None or self._snapshot.poll() is not None, "the snapshot before is still being written"
         view = OptimizerView(self._policy, self._backend.optimizer)

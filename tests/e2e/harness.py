@@ -17,13 +17,18 @@ TAG = "PIPELINERL_TEST_TAG"
 class TrainCommand:
     """`pipelinerl train OVERRIDES`, or another command, in a process group of its own, as a terminal would start it."""
 
-    def __init__(self, run_dir: Path, overrides: Sequence[str], command: str = "train"):
+    def __init__(
+        self, run_dir: Path, overrides: Sequence[str], command: str = "train", takes_run_dir: bool = False
+    ):  # `takes_run_dir`: as an argument of its own, not as a setting
         self.run_dir = run_dir
         self.tag = uuid.uuid4().hex
         self._seen: set[psutil.Process] = set()
         self._output = (run_dir.parent / f"{run_dir.name}.out").open("w+")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "pipelinerl", command, f"run_dir={run_dir}", *overrides],
+            [
+                *(sys.executable, "-m", "pipelinerl", command),
+                *(str(run_dir) if takes_run_dir else f"run_dir={run_dir}", *overrides),
+            ],
             stdout=self._output,
             stderr=subprocess.STDOUT,
             env=_user_environment() | {TAG: self.tag},

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from pipelinerl.config.schema import SortTask
+from pipelinerl.metrics.evals import read_evaluation
 from pipelinerl.metrics.log import read_metrics
 from pipelinerl.metrics.rollouts import read_rollouts
 from pipelinerl.tasks.registry import build_task
@@ -79,6 +80,25 @@ def test_the_exported_model_reproduces_the_reported_accuracy(quickstart: tuple[P
     reported = of_kind(run_dir, "eval")[-1]["eval/sort/accuracy"]
     measured = (transformers_accuracy if program == "transformers" else vllm_accuracy)(run_dir / "model")
     assert measured == pytest.approx(reported, abs=2 / 256)  # two near ties among 256 greedy completions
+
+
+def test_the_eval_command_reproduces_the_last_evaluation_of_the_run(quickstart: tuple[Path, str]) -> None:
+    run_dir, _ = quickstart
+    command = TrainCommand(run_dir.parent / "evaluated", [f"--checkpoint={run_dir}"], command="eval")
+    try:
+        assert command.exit_code(240) == 0, command.output
+        assert command.leftovers() == []
+    finally:
+        command.close()
+    assert "\n  avg@1 " in command.output and "Traceback" not in command.output
+    assert not (command.run_dir / "logs" / "trainer_rank_0.log").exists()  # engines only
+    reported, measured = read_evaluation(run_dir, STEPS), read_evaluation(command.run_dir, 0)
+    assert [row["problem_id"] for row in measured] == [row["problem_id"] for row in reported]
+    pairs = list(zip(measured, reported, strict=True))
+    assert sum(m["rewards"] != r["rewards"] for m, r in pairs) <= 2  # near ties among 256 greedy completions
+    figure = json.loads((command.run_dir / "eval.json").read_text())["figures"]["avg@1"]
+    assert figure["value"] == sum(row["rewards"][0] for row in measured) / 256
+    assert figure["low"] < figure["value"] < figure["high"] and figure["problems"] == 256
 
 
 def eval_problems() -> tuple[list[str], list[str]]:

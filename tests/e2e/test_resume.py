@@ -1,14 +1,18 @@
-"""A run that is killed and started again by the same command goes on as if nothing had happened.
+"""A run that is killed and started again by the same command goes on as if nothing had happened."""
 
-The ledger of an asynchronous run that goes on is in test_faults.py.
-"""
-
+import json
+import math
 import random
+import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pipelinerl.errors import EXIT_DONE
+from pipelinerl.metrics.journal_check import check_journal
 from pipelinerl.metrics.log import read_metrics
+from pipelinerl.rollout.ledger import Ledger
 from tests.e2e.harness import TrainCommand
 from tests.e2e.test_main_job import ROOT
 
@@ -79,3 +83,83 @@ def test_in_sync_mode_every_loss_and_reward_is_the_same_to_the_last_bit(tmp_path
     assert all(done[step][0] == done[step][1] for step in again)
     assert len({times[-1]["optim/grad_norm"] for times in done.values()}) > STEPS // 2, "steps differ from each other"
     assert all(0 < times[-1]["reward/mean"] < 1 for times in done.values())
+
+
+@pytest.fixture(scope="module")
+def killed_and_resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The directory of an async run that was killed once, and the ledger of the checkpoint it went on from."""
+    run_dir = tmp_path_factory.mktemp("async") / "run"
+    overrides = [*SMALL, "async.max_lag=2", "checkpoint.every=2", "checkpoint.keep_last=9"]
+    kill_driver(TrainCommand(run_dir, overrides), after_step=3, saved=2)
+    output = finish(TrainCommand(run_dir, overrides))
+    step = int(re.findall(r"resuming from .*step_(\d+)", output)[0])
+    saved = json.loads((run_dir / "checkpoints" / f"step_{step:06d}" / "driver.json").read_text())
+    assert "  journal   balances: " in output
+    return run_dir, saved["ledger"]
+
+
+def test_in_async_mode_no_prompt_is_trained_twice_and_none_is_lost(
+    killed_and_resumed: tuple[Path, dict[str, Any]],
+) -> None:
+    run_dir, saved = killed_and_resumed
+    still_open = saved["queued"] + saved["running"] + saved["generated"]
+    assert still_open, "generation runs ahead of training"
+
+    ledger = json.loads((run_dir / "ledger.json").read_text())
+    Ledger.resumed(ledger)  # every ticket is in exactly one state
+    assert {step: ledger["trained"][step] for step in saved["trained"]} == saved["trained"]
+    trained = [ticket for tickets in ledger["trained"].values() for ticket in tickets]
+    assert len(trained) == len(set(trained)) == STEPS * 6
+    reasons = [ticket for tickets in ledger["dropped"].values() for ticket in tickets]
+    assert sorted([*trained, *reasons]) == list(range(ledger["drawn"])), "nothing is open at the end"
+    assert set(still_open) <= set(trained) | set(reasons)
+    rollouts = [json.loads(line) for path in (run_dir / "rollouts").iterdir() for line in path.read_text().splitlines()]
+    by_file = {(row["step"], row["group_id"]) for row in rollouts}
+    assert by_file == {(int(step), ticket) for step, tickets in ledger["trained"].items() for ticket in tickets}
+
+
+def test_the_journal_balances_and_no_token_was_older_than_the_bound(
+    killed_and_resumed: tuple[Path, dict[str, Any]],
+) -> None:
+    run_dir, _ = killed_and_resumed
+    found = check_journal(run_dir, json.loads((run_dir / "ledger.json").read_text()))
+    assert found.balances, found.problems
+    assert (found.lives, found.exit_code, sorted(found.steps)) == (2, EXIT_DONE, list(range(1, STEPS + 1)))
+    measured = {r["step"]: r["staleness/max"] for r in read_metrics(run_dir / "metrics.jsonl") if r["kind"] == "train"}
+    assert found.lags == measured and 0 < max(found.lags.values()) <= 2
+
+
+def replayed(run_dir: Path, *options: str) -> tuple[int, str]:
+    """Exit code and output of `pipelinerl replay`; nothing may be left running."""
+    command = TrainCommand(run_dir, options, "replay", takes_run_dir=True)
+    try:
+        return command.exit_code(120), command.output
+    finally:
+        assert command.leftovers() == []
+        command.close()
+
+
+def test_replay_reproduces_every_number_of_the_trainer(killed_and_resumed: tuple[Path, dict[str, Any]]) -> None:
+    """Over the kill: the steps after the checkpoint are those that were done again."""
+    code, output = replayed(killed_and_resumed[0])
+    assert code == EXIT_DONE, output
+    assert output.count("reproduced\n") == STEPS
+    counted = re.search(r"all ([\d,]+) numbers of 10 steps are reproduced to the last bit", output)
+    assert counted and int(counted[1].replace(",", "")) > 40 * STEPS
+
+
+def test_replay_names_the_step_and_the_number_that_was_tampered_with(
+    killed_and_resumed: tuple[Path, dict[str, Any]],
+) -> None:
+    """From a checkpoint of the run, so as not to do all of it again. One unit in the last place is enough."""
+    run_dir, _ = killed_and_resumed
+    records = (run_dir / "metrics.jsonl").read_text().splitlines()
+    number = max(i for i, line in enumerate(records) if '"kind": "train", "step": 7,' in line)
+    record = json.loads(records[number])
+    true, false = record["optim/grad_norm"], math.nextafter(record["optim/grad_norm"], math.inf)
+    records[number] = json.dumps(record | {"optim/grad_norm": false})
+    (run_dir / "metrics.jsonl").write_text("\n".join(records) + "\n")
+    code, output = replayed(run_dir, "--from-checkpoint=4", "--until=8")
+    assert code == 1, output
+    assert "step 5: loss" in output and "step 6: loss" in output and "step 8" not in output
+    assert f"step 7: optim/grad_norm was {false!r}, and is {true!r} in the replay\n" in output

@@ -31,3 +31,11 @@ def test_block_by_block_logprobs_take_a_quarter_of_the_memory() -> None:
     done = bench("logprobs.py", *small, "--max-time", "3")  # of one noisy run; memory and values are exact
     assert done.returncode == 0, done.stdout + done.stderr
     assert "naive" in done.stdout and "chunked" in done.stdout
+
+
+def test_the_controllers_cost_hardly_grows_with_the_engines() -> None:
+    small = ("--engines", "1", "200", "--steps", "3", "--groups", "256", "--rounds", "2")
+    done = bench("controller.py", *small, "--min-rate", "2000", "--max-growth", "4")  # of few runs beside others
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| 200 |" in done.stdout
+    assert bench("controller.py", *small, "--min-rate", "1e9").returncode == 1

@@ -169,7 +169,7 @@ async def test_prefix_caching_reuses_old_kv_after_an_update(reference: "Bench", 
 
 @TIED
 async def test_an_update_that_aborts_throws_completions_away(reference: "Bench", model: Path) -> None:
-    config = config_of(model, engine={"update_pause": "abort", "update_clear_cache": True})
+    config = config_of(model, engine={"update_pause": "abort", "kv_policy": "recompute"})
     with reference.engine_settings(config) as aborting:
         for seed in SEEDS:
             evidence = await aborting.evidence(seed)

@@ -16,12 +16,13 @@ import pytest_asyncio
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipelinerl.errors import EnvironmentProblem
+from pipelinerl.errors import EnvironmentProblem, WeightSyncError
+from pipelinerl.metrics.provenance import old_context
 from pipelinerl.parity.bisect import LayerCurve, locate
 from pipelinerl.trainer.hidden_states import hidden_states
 from pipelinerl.trainer.nudge import Weights
 from pipelinerl.trainer.scoring import score_completions
-from pipelinerl.types import FloatArray, Outcome, Rollout, ScoredSequence, ScoreRequest, Turn
+from pipelinerl.types import FloatArray, Outcome, Rollout, ScoredSequence, ScoreRequest, Turn, TurnMeta
 from tests.integration.models import MAX_LENGTH, run_config, write_model
 
 if TYPE_CHECKING:
@@ -128,27 +129,62 @@ async def test_scores_are_the_engines_logprobs(fp32_engine: "Served", temperatur
 
 
 @contextmanager
-def clearing_the_cache(served: "Served") -> Iterator[None]:
-    kept = served.engine._config
-    served.engine._config = kept.model_copy(update={"update_clear_cache": True})
+def kv_policy(served: "Served", policy: str, max_lag: int | None = None) -> Iterator[None]:
+    from pipelinerl.engine.kv_policy import KVPolicy
+
+    kept = served.engine._kv
+    served.engine._kv = KVPolicy(policy, max_lag)
     yield
-    served.engine._config = kept
+    served.engine._kv = kept
 
 
-async def test_when_an_update_clears_the_cache_scores_are_those_of_full_passes(fp32_engine: "Served") -> None:
+def kv_ages(rollouts: Sequence[Rollout]) -> set[int]:
+    """How many versions old the oldest KV was that any token attended to."""
+    return {old_context([TurnMeta.of(turn)]).age_max for rollout in rollouts for turn in rollout.turns}
+
+
+@pytest.mark.parametrize(("policy", "max_lag", "ages"), [("recompute", None, {0}), ("recompute_at_lag", 2, {1})])
+async def test_kv_that_an_update_had_made_anew_is_that_of_the_new_weights(
+    fp32_engine: "Served", policy: str, max_lag: int | None, ages: set[int]
+) -> None:
+    """Three updates; with recompute_at_lag=2 the first leaves the KV of what is running then, the second does not."""
     from tests.integration.serving import PROMPTS
 
     weights = Weights(fp32_engine.policy)
-    with clearing_the_cache(fp32_engine):
+    with kv_policy(fp32_engine, policy, max_lag):
         sampled = await sample(fp32_engine, weights, PROMPTS, 1.0)
-    assert len(sampled.straddling) >= 8
+    rollouts = sampled.straddling
+    spans = [len(rollout.turns[0].completion.spans) for rollout in rollouts]
+    assert len(rollouts) >= 8 and max(spans) > 2
+    assert max(kv_ages(rollouts)) == max(ages)
+    anew = [len(rollout.turns[0].completion.kv_from) for rollout in rollouts]
+    assert max(anew) > 0 and (max_lag is not None or [n + 1 for n in anew] == spans)
 
     def gap(kv: str) -> FloatArray:
         request = ScoreRequest((1.0,), sampled.nudged, kv)
-        return gaps(score_completions(fp32_engine.policy, sampled.straddling, request, weights), 1.0)
+        return gaps(score_completions(fp32_engine.policy, rollouts, request, weights), 1.0)
 
-    assert gap("recompute").mean() < 1e-5 and gap("recompute").max() < 1e-4
-    assert gap("keep")[after_the_update(sampled.straddling)].mean() > 1e-3
+    assert gap("recorded").mean() < 1e-5 and gap("recorded").max() < 1e-4
+    assert gap("keep")[after_the_update(rollouts)].mean() > 1e-3
+    if max_lag is None:
+        assert np.array_equal(gap("recompute"), gap("recorded"))
+    else:
+        assert gap("recompute")[after_the_update(rollouts)].mean() > 1e-4
+
+
+async def test_an_update_fails_when_not_all_kv_was_dropped(fp32_engine: "Served") -> None:
+    async def drops_nothing(reset_running_requests: bool) -> bool:
+        assert reset_running_requests
+        return False
+
+    engine, llm = fp32_engine.engine, fp32_engine.engine._llm
+    with kv_policy(fp32_engine, "recompute"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llm, "reset_prefix_cache", drops_nothing)
+        with pytest.raises(WeightSyncError, match="did not drop all keys and values"):
+            await fp32_engine.link.send()
+    assert await llm.is_paused()
+    await fp32_engine.link.send()
+    assert engine.version == fp32_engine.link.version and not await llm.is_paused()
 
 
 # --- an untied engine of four blocks ----------------------------------------------------------------------------------

@@ -20,13 +20,17 @@ SMALL_BUCKET = 2**16  # bytes
 
 @dataclass(frozen=True)
 class Case:
-    """`steps[s][update][rank]` is what a rank does in an update of step s, with the payloads `groups[s]`."""
+    """`steps[s][update][rank]` is what a rank does in an update of step s, with the payloads `groups[s]`.
+
+    With a `scale` there is one update in a step, and `steps[s][chunk][rank]` are the parts that it comes in.
+    """
 
     config: RunConfig
     steps: Sequence[Sequence[Sequence[RankBatch]]]
     groups: Sequence[Sequence[RolloutGroup]]
     export: Path | None = None
     send: bool = False
+    scale: float | None = None  # of the gradient, at the end of a step that comes in parts
 
 
 @dataclass
@@ -69,7 +73,16 @@ def run_rank(case: Case, rank: int, port: int, out: Path) -> None:
 
     look()
     for updates, groups in zip(case.steps, case.groups, strict=True):
-        run.results.append(worker.step([ranks[rank] for ranks in updates], *groups))
+        share = [ranks[rank] for ranks in updates]
+        if case.scale is None:
+            run.results.append(worker.step(share, *groups))
+        else:
+            worker.begin_step()
+            for chunk in share:
+                for _ in source.buckets():  # an update of the engines may be under way
+                    pass
+                worker.accumulate(chunk, chunk is share[-1], *groups)
+            run.results.append(worker.finish_step(case.scale))
         look()
     if case.send:
         send(worker, rank, run)

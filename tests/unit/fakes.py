@@ -18,6 +18,7 @@ from pipelinerl.checkpoint.saver import Saver
 from pipelinerl.checkpoint.store import FOLDER, CheckpointStore
 from pipelinerl.config.schema import RunConfig
 from pipelinerl.loop import Finished, Run
+from pipelinerl.metrics.history import History
 from pipelinerl.metrics.log import MetricsLog
 from pipelinerl.metrics.rollouts import RolloutWriter
 from pipelinerl.rollout.buffer import GroupBuffer
@@ -139,6 +140,9 @@ class FakeTrainer:
         self.write_fails: Exception | None = None
         self.updates: list[Sequence[Sequence[RankBatch]]] = []  # [step][update][rank]
         self.groups: list[list[RolloutGroup]] = []
+        self.parts: list[tuple[list[RankBatch], list[RolloutGroup], bool]] = []  # of a step that comes in parts
+        self.scales: list[float] = []  # [step]
+        self.part_gate = Gate()  # of every part
         self.gates: dict[int, Gate] = {}
         self.skips: set[int] = set()  # steps that turn out not to be finite
         self.metrics: dict[int, dict[str, float]] = {}  # step -> what differs from the usual metrics
@@ -151,10 +155,29 @@ class FakeTrainer:
         return [self.kl(ref) for ref in reversed(self.measured[-1])]  # in any order
 
     async def step(self, updates: Sequence[Sequence[RankBatch]], payloads: Sequence[Any]) -> StepResult:
-        self.done += 1
-        step = self.done
         self.updates.append(updates)
         self.groups.append([await payload for payload in payloads])
+        return await self._end_step()
+
+    async def begin_step(self) -> None:
+        assert not self.parts, "the step before is not finished"
+
+    async def accumulate(self, batches: Sequence[RankBatch], payloads: Sequence[Any], last: bool) -> None:
+        assert not (self.parts and self.parts[-1][2]), "nothing follows the last part"
+        self.parts.append((list(batches), [await payload for payload in payloads], last))
+        await self.part_gate.pass_through()
+
+    async def finish_step(self, scale: float) -> StepResult:
+        assert self.parts[-1][2], "the last part was not said to be the last"
+        self.scales.append(scale)
+        self.updates.append([batches for batches, *_ in self.parts])
+        self.groups.append([group for _, groups, _ in self.parts for group in groups])
+        self.parts.clear()
+        return await self._end_step()
+
+    async def _end_step(self) -> StepResult:
+        self.done += 1
+        step = self.done
         if step in self.gates:
             await self.gates[step].pass_through()
         if step in self.fails_at:
@@ -268,8 +291,10 @@ def fake_run(run_dir: Path, *overrides: str, held_out: int = 3, state: DriverSta
         log=MetricsLog(run_dir),
         rollouts=RolloutWriter(run_dir, config.metrics.rollout_groups_per_step),
         saver=Saver(config, store, trainer, run_dir / "exports"),
+        history=History.open(run_dir, config.journal),
     )
     run.resume(state)
+    run.history.journal.started(state.step, None, state.ledger, config.dump(), lag)
     return run
 
 

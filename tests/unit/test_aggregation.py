@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelinerl.algo.aggregation import token_weights
+from pipelinerl.algo.aggregation import denominator_of, token_weights
 from pipelinerl.config.schema import CISPO, GSPO, Aggregation, GSPOToken, PPOClip
 
 AGGREGATIONS = get_args(Aggregation)
@@ -49,6 +49,23 @@ def test_a_loss_of_one_everywhere_has_the_mean_the_name_says(aggregation):
     weights = token_weights(LENGTHS, GROUPS, aggregation, LIMIT)
     total = sum(weight * sum(sample) for weight, sample in zip(weights, losses, strict=True))
     assert total == pytest.approx(spelled_out[aggregation])
+
+
+@given(st.data(), st.sampled_from(AGGREGATIONS))
+def test_a_denominator_of_parts_is_the_sum_of_theirs_and_scales_the_weights_to_those_of_the_whole(data, aggregation):
+    """What a step that trains on its groups as they arrive rests on; the parts share no group."""
+    of_group = st.lists(st.integers(0, 50), min_size=1, max_size=5)
+    parts = data.draw(st.lists(st.lists(of_group, min_size=1, max_size=4), min_size=1, max_size=4))
+    numbered = [[(f"{p}/{g}", n) for g, group in enumerate(part) for n in group] for p, part in enumerate(parts)]
+
+    def arguments(samples):
+        return [n for _, n in samples], [group for group, _ in samples], aggregation
+
+    whole = [sample for part in numbered for sample in part]
+    denominator = denominator_of(*arguments(whole))
+    assert denominator == sum(denominator_of(*arguments(part)) for part in numbered)
+    weights = np.concatenate([token_weights(*arguments(part), LIMIT, 7.0) for part in numbered])
+    assert weights * 7.0 / max(denominator, 1) == pytest.approx(token_weights(*arguments(whole), LIMIT), rel=1e-12)
 
 
 samples = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 5)), min_size=1, max_size=20)

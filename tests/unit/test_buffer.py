@@ -1,6 +1,7 @@
 """The lag contract, under schedules chosen by hypothesis and worked out by hand."""
 
 import asyncio
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from random import Random
@@ -20,12 +21,18 @@ class Case:
     max_lag: int
     every: int  # optimizer steps between updates
     steps: int
+    drains: bool = False  # an update waits for what is being sampled
+    streams: bool = False  # a step takes its groups as they become ready
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
+    """In all three modes: sync is a lag of 0, one_step_off a lag of 1 that drains."""
+    groups_per_step, steps, streams = draw(st.integers(1, 4)), draw(st.integers(1, 8)), draw(st.booleans())
+    if draw(st.booleans()):
+        return Case(groups_per_step, 1, 1, steps, drains=True, streams=streams)
     max_lag = draw(st.integers(0, 4))
-    return Case(draw(st.integers(1, 4)), max_lag, draw(st.integers(1, max_lag + 1)), draw(st.integers(1, 8)))
+    return Case(groups_per_step, max_lag, draw(st.integers(1, max_lag + 1)), steps, streams=streams)
 
 
 @dataclass
@@ -36,6 +43,7 @@ class Simulation:
     buffer: GroupBuffer[int]
     version: int = 0  # that the engines serve
     admitted_at: dict[int, int] = field(default_factory=dict)  # ticket -> version then
+    finished_at: dict[int, int] = field(default_factory=dict)
     running: set[int] = field(default_factory=set)
     dropped: Counter[str] = field(default_factory=Counter)
     dropped_tickets: list[int] = field(default_factory=list)
@@ -51,12 +59,20 @@ class Simulation:
 
     async def train(self) -> None:
         for step in range(1, self.case.steps + 1):
-            self.taken.append(await self.buffer.take())
+            self.taken.append([] if self.case.streams else await self.buffer.take())
+            while len(self.taken[-1]) < self.case.groups_per_step:
+                ready = await self.buffer.take_ready()
+                assert ready == sorted(ready)
+                self.taken[-1] += ready
+            self.taken[-1].sort()
             self.stepping = True
             await self.may_finish_step.wait()
             self.may_finish_step.clear()
             self.stepping = False
             if step % self.case.every == 0 or step == self.case.steps:
+                if self.case.drains:
+                    await self.buffer.drained()
+                    assert not self.running
                 self.version = step
                 await self.buffer.published(step)
 
@@ -77,6 +93,7 @@ class Simulation:
                     continue
                 ticket = random.choice(sorted(self.running))
                 self.running.remove(ticket)
+                self.finished_at[ticket] = self.version
                 if drops_left and random.random() < 0.25:
                     drops_left -= 1
                     reason = random.choice(["errored", "filtered"])
@@ -108,6 +125,9 @@ def test_the_contract_holds_under_every_schedule(case: Case, random: Random) -> 
     for trained_by, groups in enumerate(done.taken):  # the step that makes version v + 1 trains with version v
         oldest = min(done.admitted_at[ticket] for ticket in groups)
         assert 0 <= trained_by - oldest <= case.max_lag
+        if case.drains:  # every completion is of one version, which is one step old from the second step on
+            assert {done.admitted_at[ticket] for ticket in groups} == {max(0, trained_by - 1)}
+            assert {done.finished_at[ticket] for ticket in groups} == {max(0, trained_by - 1)}
     in_order = [ticket for groups in done.taken for ticket in groups]
     assert in_order == sorted(in_order)
     assert sorted(in_order + done.dropped_tickets) == sorted(done.admitted_at)  # each taken once or dropped once
@@ -181,6 +201,69 @@ async def test_a_dropped_group_is_counted_and_its_place_given_to_the_next() -> N
         await buffer.put(3, "group 3")
         assert await taking == ["group 1", "group 3"]
         assert buffer.dropped == {"errored": 2}
+
+
+async def test_groups_that_a_step_is_certain_to_have_are_there_before_it_is_complete() -> None:
+    buffer: GroupBuffer[str] = GroupBuffer(groups_per_step=3, max_lag=1, steps=9)
+    async with Admissions(buffer) as admitted:
+        assert admitted.tickets == [0, 1, 2, 3, 4, 5]
+        taking = asyncio.create_task(buffer.take_ready())
+        for ticket in (3, 4):  # of the step after it, so far
+            await buffer.put(ticket, f"group {ticket}")
+        await settle()
+        assert not taking.done()
+        await buffer.put(2, "group 2")  # whatever becomes of 0 and 1, it is among the first three
+        assert await taking == ["group 2"]
+        await buffer.drop(1, "errored")  # which moves 3 into the step
+        await settle()
+        assert admitted.tickets[-1] == 6  # one place was freed, and only one: what was taken still counts
+        assert await buffer.take_ready() == ["group 3"]
+        await buffer.put(0, "group 0")
+        assert await buffer.take_ready() == ["group 0"]
+        assert await buffer.take_ready() == ["group 4"]  # the step after it
+        assert (buffer.running, buffer.ready) == (2, 0)
+        with pytest.raises(AssertionError, match="take_ready has begun"):
+            await buffer.take()
+
+
+async def test_an_update_that_waits_for_generation_waits_for_refills_too() -> None:
+    buffer: GroupBuffer[str] = GroupBuffer(groups_per_step=1, max_lag=1, steps=9)
+    for ticket in (0, 1):
+        assert await buffer.admit() == ticket
+    await buffer.put(0, "group 0")
+    await buffer.take()
+    waiting = asyncio.create_task(buffer.drained())
+    await settle()
+    assert not waiting.done()
+    await buffer.drop(1, "errored")  # nothing runs now, but its place is free
+    await settle()
+    assert not waiting.done()
+    assert await buffer.admit() == 2
+    await buffer.put(2, "group 2")
+    await asyncio.wait_for(waiting, SECONDS)
+
+
+async def test_an_operation_costs_the_same_with_many_groups_in_flight() -> None:
+    async def seconds_each(in_flight: int) -> float:
+        """Of one admission, one finished group and its share of a step, the least of a few."""
+        buffer: GroupBuffer[int] = GroupBuffer(in_flight // 2, 1, 10**6)
+        for _ in range(in_flight):
+            await buffer.admit()
+        times, done = [], 0
+        for version in range(1, 1 + max(5, 500 // in_flight)):
+            start = time.perf_counter()
+            for _ in range(in_flight // 2):
+                await buffer.put(done, done)
+                done += 1
+            buffer.ledger.trained(await buffer.take(), version)
+            await buffer.published(version)
+            for _ in range(in_flight // 2):
+                await buffer.admit()
+            times.append((time.perf_counter() - start) / (in_flight // 2))
+        return min(times)
+
+    few, many = await seconds_each(10), await seconds_each(10_000)
+    assert many < 5 * few, (few, many)
 
 
 async def test_a_resumed_buffer_admits_what_was_open_first_and_keeps_to_the_bound() -> None:

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
@@ -11,9 +12,9 @@ from hypothesis.strategies import DrawFn
 from pipelinerl.config.files import conf_dir, group_options
 from pipelinerl.config.hints import nearest
 from pipelinerl.config.keys import known_keys
-from pipelinerl.config.load import load_config
+from pipelinerl.config.load import load_config, load_run_config
 from pipelinerl.config.preflight import TINY_MODELS, preflight
-from pipelinerl.config.schema import ReinforceIS, RunConfig, SortTask
+from pipelinerl.config.schema import JsonlTask, ReinforceIS, RunConfig, SortTask
 from pipelinerl.errors import ConfigError, EnvironmentProblem
 from tests.unit.configs import problems_of
 
@@ -94,6 +95,7 @@ def test_overrides_reach_every_kind_of_key() -> None:
 
 def test_sync_mode_needs_no_second_setting() -> None:
     assert load_config(["async.mode=sync"]).async_.lag_bound == 0
+    assert load_config(["async.mode=one_step_off"]).async_.lag_bound == 1
 
 
 def test_the_working_directory_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,6 +164,8 @@ MISTAKES = [
     ("algo.correction.icepop=2", "algo.correction.icepop = 2: should be a list"),
     ("algo.correction.veto=0", "algo.correction.veto = 0: should be greater than 0"),
     ("algo.kl.importance_cap=0.5", "algo.kl.importance_cap = 0.5: should be greater than or equal to 1"),
+    ("journal.selection_window=0", "journal.selection_window = 0: should be greater than 0"),
+    ("journal.selection=alarm", "journal.selection = 'alarm': should be stop, warn or off"),
     ("algo.entropy.anneal_steps=0", "algo.entropy.anneal_steps = 0: should be greater than 0"),
     ("batch.zero_variance=drop", "batch.zero_variance = 'drop': should be keep or refill"),
     ("reward.weights={match: x}", "reward.weights.match = 'x': should be a number"),
@@ -210,6 +214,14 @@ CONTRADICTIONS = [
     (["sampling.top_p=0.9"], "sampling.top_p=0.9 changes the sampled distribution"),
     (["model.head_dtype=bfloat16"], "model.head_dtype=bfloat16 with dtype=float32"),
     (["eval.samples=4"], "eval.samples=4 at temperature=0"),
+    (
+        ["eval.engine=dedicated", "eval.at_start=false"],
+        "eval.engine=dedicated with eval.at_start=false and eval.every=0",
+    ),
+    (
+        ["eval.engine=dedicated", "checkpoint.keep_best=true", "checkpoint.best_metric=eval/sort/accuracy"],
+        "checkpoint.best_metric=eval/sort/accuracy with eval.engine=dedicated",
+    ),
     (["engine=gpu"], "engine.kv_cache_mb=null with cluster.device=cpu"),
     (["cluster.address=auto"], "cluster.object_store_mb=256 is for a local cluster"),
     (["weights.backend=nccl"], "weights.backend=nccl needs GPUs, cluster.device=cpu has none"),
@@ -217,6 +229,12 @@ CONTRADICTIONS = [
     *(
         ([f"{key}=5000"], f"{key}=5000 is not below cluster.stall_timeout_s=3600")
         for key in ("grading.timeout_s", "engine.start_timeout_s", "trainer.start_timeout_s", "weights.timeout_s")
+    ),
+    (["engine.kv_policy=recompute_at_lag"], "engine.kv_policy=recompute_at_lag needs kv_max_lag"),
+    (["engine.kv_max_lag=1"], "engine.kv_max_lag=1 does nothing with kv_policy=keep"),
+    (
+        ["engine.kv_policy=recompute_at_lag", "engine.kv_max_lag=3"],
+        "engine.kv_max_lag=3 is above async.max_lag=2: no KV in use gets that old",
     ),
     # one importance ratio, counted once
     (
@@ -276,7 +294,20 @@ CONTRADICTIONS = [
         ["trainer.offload_optimizer=true", "model.dtype=bfloat16"],
         "trainer.offload_optimizer=true with trainer.zero_stage=1 and model.dtype=bfloat16",
     ),
+    # cores
+    (["cluster.pin_cores=true", "cluster.device=cuda"], "cluster.pin_cores=true is for CPU runs, cluster.device=cuda"),
+    (
+        ["cluster.pin_cores=true", "cluster.address=auto", "cluster.object_store_mb=null"],
+        "cluster.pin_cores=true shares out the cores of one machine, cluster.address=auto",
+    ),
     # shares of the work
+    (["batch.stream=true", "batch.updates=2"], "batch.stream=true with updates=2"),
+    (["batch.stream=true", "algo.advantage=gdpo"], "batch.stream=true with algo.advantage=gdpo, which is made from"),
+    (["async.mode=one_step_off", "async.max_lag=2"], "async.mode=one_step_off has a lag of 1, which contradicts max"),
+    (
+        ["async.mode=one_step_off", "weights.every=2"],
+        "async.mode=one_step_off with weights.every=2: batches would be up to 2 steps old",
+    ),
     (["batch.updates=3"], "batch.updates=3 does not divide groups_per_step=64"),
     (["trainer.ranks=3", "trainer.sequence_parallel=2"], "trainer.sequence_parallel=2 does not divide trainer.ranks=3"),
     (
@@ -339,6 +370,8 @@ def test_a_contradiction_is_one_line_that_names_both_settings(overrides: list[st
         ["algo.kl.final_coef=0.1", "algo.kl.reference=a/b"],
         ["reward.overlong_buffer=4", "reward.overlong_penalty=0.5", "algo.mask_truncated=true"],
         ["batch.updates=4", "trainer.ranks=4", "trainer.sequence_parallel=2"],
+        ["eval.engine=dedicated", "eval.every=10", "eval.samples=8", "eval.temperature=1", "eval.pass_reward=0.5"],
+        ["engine.kv_policy=recompute_at_lag", "engine.kv_max_lag=2"],
     ],
 )
 def test_what_goes_together_is_taken(overrides: list[str]) -> None:
@@ -364,6 +397,49 @@ def test_all_malformed_overrides_are_reported_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(["steps", "task=sortt", "seed=1", "trainer.lr=1,2"])
     assert len(str(caught.value).splitlines()) == 3
+
+
+@pytest.fixture
+def left_by_run(tmp_path: Path) -> Path:
+    """A run directory with the configuration of a run on data of its own."""
+    config = load_config(["task=jsonl", "task.path=rows.jsonl", "steps=7", f"run_dir={tmp_path}", "resume=never"])
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.dump()))
+    return tmp_path
+
+
+def test_a_runs_own_configuration_with_other_values(left_by_run: Path) -> None:
+    overrides = ["eval.samples=4", "eval.temperature=0.5", "run_dir=out", "task.path='a b'", "batch={group_size:4}"]
+    config = load_run_config(left_by_run, overrides)
+    assert (config.eval.samples, config.eval.temperature, config.run_dir, config.steps) == (4, 0.5, "out", 7)
+    assert isinstance(config.task, JsonlTask) and config.task.path == "a b"
+    assert (config.batch.group_size, config.batch.groups_per_step) == (4, load_config().batch.groups_per_step)
+    untouched = load_run_config(left_by_run)
+    assert (untouched.run_dir, untouched.resume) == (None, "auto")  # a run directory of its own
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("eval.sample=4", "eval.sample = 4: unknown key; did you mean eval.samples?"),
+        ("eval.samples=0", "eval.samples = 0: should be greater than 0"),
+        ("task=sort", "task=sort: a group, and "),
+        ("steps.x=1", "steps.x = 1: steps is no section"),
+        ("eval.samples=4", "eval.samples=4 at temperature=0"),
+    ],
+)
+def test_a_mistake_on_top_of_a_runs_own_configuration_is_one_line(
+    left_by_run: Path, override: str, message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_run_config(left_by_run, [override])
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1\n", ""])
+def test_a_damaged_configuration_of_a_run_is_named(left_by_run: Path, text: str) -> None:
+    (left_by_run / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.yaml: not the configuration of a run"):
+        load_run_config(left_by_run)
 
 
 @pytest.fixture

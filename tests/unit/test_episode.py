@@ -129,6 +129,21 @@ async def test_an_aborted_request_is_not_graded() -> None:
     assert (rollout.reward, rollout.outcome, len(rollout.turns)) == (0.0, Outcome.INFRA_ABORT, 1)
 
 
+@pytest.mark.parametrize("value", [np.nan, -np.inf, np.inf])
+@pytest.mark.parametrize("finish_reason", ["stop", "length"])
+async def test_a_completion_with_a_logprob_that_is_not_finite_is_neither_graded_nor_scored(
+    value: float, finish_reason: str
+) -> None:
+    good, bad = completion("3|"), completion("75", finish_reason)
+    bad.logprobs[1] = value
+    env = GuessTwice()
+    rollout, seen = await play(env, good, bad)
+    assert env.heard == [("3", False)] and len(seen) == 2
+    assert (rollout.reward, rollout.outcome, len(rollout.turns)) == (0.0, Outcome.BAD_LOGPROB, 2)
+    assert not rollout.outcome.scored
+    assert rollout.detail == "the engine returned 1 of 2 logprobs that are not finite"
+
+
 @pytest.mark.parametrize(("room", "outcome"), [(0, Outcome.TRUNCATED), (1, Outcome.OK)])
 async def test_a_further_turn_needs_room_for_a_token(room: int, outcome: Outcome) -> None:
     limit = len("u:guess|a:3|u:higher|a:") + room
@@ -193,7 +208,12 @@ async def test_errors_of_the_engine_go_through() -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "words"), [(EnvStep(None), "without a score"), (EnvStep(Score(float("nan"))), "reward is nan")]
+    ("step", "words"),
+    [
+        (EnvStep(None), "without a score"),
+        (EnvStep(Score(float("nan"))), "reward is nan"),
+        (EnvStep(Score(1.0, {"length": float("-inf")})), "component length is -inf"),
+    ],
 )
 async def test_an_environment_that_breaks_its_contract_is_an_env_error(step: EnvStep, words: str) -> None:
     class Bad(GuessTwice):

@@ -90,6 +90,8 @@ def test_an_evaluation_by_hand() -> None:
     for name in ("avg@4", "pass@1", "pass@2", "pass@4"):
         low, value, high = (metrics[f"eval/sort/{name}{part}"] for part in ("/ci_low", "", "/ci_high"))
         assert 0 <= low < value < high <= 1
+    for part in ("/ci_low", "/ci_high", "/problems"):
+        assert metrics[f"eval/sort/accuracy{part}"] == metrics[f"eval/sort/avg@4{part}"]
     assert not any("gain" in name for name in metrics)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pipelinerl.metrics.intervals import Estimate, Values, mean_interval, paired_difference, student_quantile
 
-SHARES = st.lists(st.floats(0, 1), min_size=1, max_size=40)
+SHARES = st.lists(st.integers(0, 840).map(lambda n: n / 840), min_size=1, max_size=40)
 
 
 def binary(passed: int, count: int) -> Values:

@@ -4,18 +4,21 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from pipelinerl import loop
+from pipelinerl.concurrency import background
 from pipelinerl.errors import BudgetSpent, EnvironmentProblem, PipelineRLError, Stalled, WorkerDied
 from pipelinerl.loop import train
 from pipelinerl.metrics.log import read_metrics
 from pipelinerl.metrics.rollouts import read_rollouts
 from pipelinerl.rollout.ledger import Ledger
-from pipelinerl.types import Outcome, SampleKL
+from pipelinerl.tasks.stream import ProblemStream
+from pipelinerl.types import Outcome, Problem, SampleKL
 from tests.unit.fakes import (
     COMPLETION_TOKENS,
     PROMPT_TOKENS,
@@ -31,6 +34,7 @@ from tests.unit.fakes import (
 
 TOO_LONG = Outcome.PROMPT_TOO_LONG
 OK, ERROR, ABORT, TIMEOUT = Outcome.OK, Outcome.ENV_ERROR, Outcome.INFRA_ABORT, Outcome.VERIFIER_TIMEOUT
+BAD = Outcome.BAD_LOGPROB
 
 # The watchdog must be the last to lose patience, or the configuration is refused.
 STALL_SOON = (
@@ -268,12 +272,167 @@ async def test_sync_generation_stands_still_during_step_and_update(tmp_path: Pat
     assert all(line["staleness/max"] == 0 for line in lines(run, "train"))
 
 
+def in_random_order(run: FakeRun, seed: int) -> None:
+    """Groups finish after a random number of turns of the event loop, steps and updates too."""
+    random = Random(seed)
+
+    async def pass_through() -> None:
+        for _ in range(random.randrange(30)):
+            await asyncio.sleep(0)
+
+    run.fleet.gate.pass_through = pass_through  # type: ignore[method-assign]
+    for gates in (run.trainer.gates, run.publisher.gates):
+        for step in range(run.config.steps + 1):
+            gates[step] = Gate()
+            gates[step].pass_through = pass_through  # type: ignore[method-assign]
+
+
+MODES = ["async.mode=sync", "async.mode=one_step_off", "async.max_lag=1", "async.max_lag=3"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("mode", "every"), [*((mode, 1) for mode in MODES), *((mode, 2) for mode in MODES[2:])])
+async def test_the_bound_holds_and_nothing_locks_up_whatever_finishes_first(
+    tmp_path: Path, mode: str, every: int, seed: int
+) -> None:
+    """With errored and zero-variance groups that are replaced, and with fewer prompts than a batch."""
+    run = fake_run(tmp_path, mode, f"weights.every={every}", "batch.zero_variance=refill", "steps=8")
+    run.stream = ProblemStream(run.task.problems("train")[:1], seed)
+    random = Random(seed)
+    ends = {ticket: random.choice(["ok", "ok", "ok", "errored", "half", "equal"]) for ticket in range(200)}
+    run.fleet.outcomes = lambda t: {"errored": [ERROR, ABORT], "half": [OK, BAD]}.get(ends[t], [OK, OK])
+    run.fleet.rewards = lambda t: [1.0, 1.0] if ends[t] == "equal" else [0.0, 1.0]
+    in_random_order(run, seed)
+    await finish(run)
+    assert [t for ids in trained_ids(run) for t in ids] == [t for t, end in ends.items() if end == "ok"][:16]
+    oldest = [line["staleness/max"] for line in lines(run, "train")]
+    assert all(lag <= min(step, run.config.async_.lag_bound) for step, lag in enumerate(oldest))
+    if mode == "async.mode=one_step_off":
+        for step, line in enumerate(lines(run, "train")):  # every token of it, and no completion has two versions
+            assert line["staleness/mean"] == line["staleness/max"] == min(step, 1)
+            assert line["staleness/multi_version_frac"] == 0
+
+
+async def test_one_step_off_generates_a_batch_while_the_one_before_it_trains(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, "async.mode=one_step_off")
+    held = run.trainer.gates[2] = Gate()
+    held.close()
+    async with training(run) as task:
+        await until(lambda: held.arrived == 1)
+        await settle()
+        assert trained_ids(run) == [[0, 1], [2, 3]] and run.fleet.finished == [0, 1, 2, 3, 4, 5]
+        held.open()
+        await task
+
+
+async def test_one_step_off_updates_weights_only_between_batches(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, "async.mode=one_step_off", "steps=3")
+    held = run.trainer.gates[1] = Gate()
+    held.close()
+    async with training(run) as task:
+        await until(lambda: held.arrived == 1)
+        run.fleet.gate.close()
+        held.open()
+        await until(lambda: run.fleet.gate.arrived == 6)  # the batch of step 3 starts when version 1 is there
+        await until(lambda: run.trainer.done == 2)
+        await settle()
+        assert run.publisher.published == [0, 1]
+        run.fleet.gate.open()
+        await task
+    assert run.publisher.published == [0, 1, 2, 3]
+    assert [line["staleness/multi_version_frac"] for line in lines(run, "train")] == [0, 0, 0]
+
+
+# A step that trains on its groups as they become ready
+
+STREAMED = ("batch.stream=true", "engine.max_model_len=10", "sampling.max_tokens=8", "trainer.micro_batch_tokens=10")
+
+
+async def train_streamed(run: FakeRun) -> list[loop.Trained]:
+    """The middle of `train`, step by step."""
+    done = []
+    async with asyncio.timeout(SECONDS), background(loop.fill(run), loop.land(run)):
+        await loop.publish(run, first=True)
+        for step in range(1, run.config.steps + 1):
+            done.append(await loop.stream(run, step))
+            await loop.publish_after(run)
+    return done
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("seed", range(3))
+async def test_a_streamed_run_trains_on_what_a_whole_one_trains_on(tmp_path: Path, mode: str, seed: int) -> None:
+    settings = (*STREAMED, mode, "batch.groups_per_step=3", "steps=5")
+    streamed = fake_run(tmp_path / "streamed", *settings)
+    whole = fake_run(tmp_path / "whole", *settings, "batch.stream=false")
+    for run in (streamed, whole):
+        run.fleet.outcomes = lambda ticket: [ERROR if ticket % 5 == 1 else OK, OK]
+        in_random_order(run, seed)
+    done = await train_streamed(streamed)
+    await finish(whole)
+    assert [[group.meta.id for group in step.groups] for step in done] == trained_ids(whole)
+    assert streamed.buffer.ledger.to_dict() == whole.buffer.ledger.to_dict()
+    assert any(len(step.chunks or ()) > 1 for step in done)
+    for step, updates, scale, groups in zip(
+        done, streamed.trainer.updates, streamed.trainer.scales, streamed.trainer.groups, strict=True
+    ):
+        assert [ticket for chunk in step.chunks or () for ticket in chunk] == [group.id for group in groups]
+        assert [len(references([part])) for part in updates] == [2 * len(chunk) for chunk in step.chunks]
+        weights = [ref.weight * scale for ref in references(updates)]
+        assert weights == pytest.approx([1 / (6 * COMPLETION_TOKENS)] * 6)
+        assert [values.tolist() for values in step.batches.advantages] == [[-1.0, 1.0]] * 3
+        assert step.batches.metrics == {"adv/abs_mean": 1.0}
+
+
+async def test_training_begins_with_the_groups_that_are_there_and_then_takes_all_that_came(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, *STREAMED, "batch.groups_per_step=4", "async.mode=sync", "steps=1")
+    gates = {ticket: Gate() for ticket in range(4)}
+    rollout = run.fleet.rollout
+
+    async def held(group_id: int, problem: Problem) -> Any:
+        await gates[group_id].pass_through()
+        return await rollout(group_id, problem)
+
+    run.fleet.rollout = held  # type: ignore[method-assign]
+    for gate in gates.values():
+        gate.close()
+    run.trainer.part_gate.close()
+    task = asyncio.create_task(train_streamed(run))
+    gates[2].open()
+    await until(lambda: run.trainer.part_gate.arrived == 1)
+    assert [[group.id for group in groups] for _, groups, _ in run.trainer.parts] == [[2]]
+    gates[3].open()
+    gates[1].open()
+    await settle()
+    run.trainer.part_gate.open()
+    await until(lambda: run.trainer.part_gate.arrived == 2)
+    gates[0].open()
+    (step,) = await task
+    assert step.chunks == [[2], [1, 3], [0]]
+    assert [group.meta.id for group in step.groups] == [0, 1, 2, 3]
+
+
+async def test_a_kl_in_the_reward_is_measured_chunk_by_chunk(tmp_path: Path) -> None:
+    settings = ["algo.kl.place=reward", "algo.kl.estimator=k1", "algo.kl.coef=0.5", "steps=2"]
+    run = fake_run(tmp_path, *STREAMED, *settings)
+    run.trainer.kl = lambda ref: SampleKL(ref.group, ref.rollout, 0.4 * ref.rollout, 1.0, 1.0)
+    done = await train_streamed(run)
+    assert [len(measured) for measured in run.trainer.measured] == [2 * len(c) for step in done for c in step.chunks]
+    for step, updates in zip(done, run.trainer.updates, strict=True):
+        trained = sorted(ref.advantage for ref in references(updates))
+        assert trained == pytest.approx([-0.8, -0.8, 0.8, 0.8])
+        assert step.batches.metrics["reward/kl_mean"] == pytest.approx(0.1)
+
+
 # Groups that are not whole
 
 
-async def test_completions_that_were_not_scored_are_in_no_batch_and_no_denominator(tmp_path: Path) -> None:
+@pytest.mark.parametrize("outcome", [ERROR, BAD])
+async def test_completions_that_were_not_scored_are_in_no_batch_and_no_denominator(
+    tmp_path: Path, outcome: Outcome
+) -> None:
     run = fake_run(tmp_path, "batch.group_size=4", "steps=1")
-    run.fleet.outcomes = lambda group: [OK, ERROR, OK, OK] if group == 1 else [OK] * 4
+    run.fleet.outcomes = lambda group: [OK, outcome, OK, OK] if group == 1 else [OK] * 4
     run.fleet.rewards = lambda group: [1.0, float("nan") if group == 1 else 1.0, 0.0, 0.0]
     await finish(run)
     [updates] = run.trainer.updates
@@ -286,7 +445,7 @@ async def test_completions_that_were_not_scored_are_in_no_batch_and_no_denominat
     assert {place: ref.advantage for place, ref in refs.items()} == pytest.approx(expected)
     assert all(ref.weight == 1 / (7 * COMPLETION_TOKENS) for ref in refs.values())
     [line] = lines(run, "train")
-    assert (line["groups/errored"], line["outcome/env_error"], line["reward/mean"]) == (1, 1, pytest.approx(3 / 7))
+    assert (line["groups/errored"], line[f"outcome/{outcome}"], line["reward/mean"]) == (1, 1, pytest.approx(3 / 7))
 
 
 @pytest.mark.parametrize("ends", [[ABORT, ABORT], [ERROR, TIMEOUT], [OK, ERROR]])
@@ -530,3 +689,55 @@ async def test_any_step_group_or_evaluated_problem_is_progress(tmp_path: Path, m
             gate.open()
         await task
     assert run.publisher.published == [0, 4]
+
+
+# Selection and KV
+
+
+def drop_the_short_ones(tmp_path: Path, selection: str) -> tuple[FakeRun, list[str]]:
+    """Every second group is given up, and only those have no tokens."""
+    run = fake_run(tmp_path, f"journal.selection='{selection}'", "steps=12")
+    run.fleet.outcomes = lambda group: [OK, OK] if group % 2 else [ABORT, ABORT]
+    told: list[str] = []
+    run.tell = told.append
+    return run, told
+
+
+@pytest.mark.parametrize("selection", ["warn", "off"])
+async def test_trained_lengths_that_are_not_those_generated_are_told_once(tmp_path: Path, selection: str) -> None:
+    run, told = drop_the_short_ones(tmp_path, selection)
+    await finish(run)
+    steps = lines(run, "train")
+    assert len(steps) == 12 and steps[-1]["selection/length_distance"] == pytest.approx(0.5, abs=0.05)
+    assert (steps[-1]["selection/length_trained_mean"], steps[-1]["selection/reward_distance"]) == (3, 0)
+    alarms = [line["step"] for line in lines(run, "run") if "selection/alarm" in line]
+    assert len(alarms) == len(told) == (selection == "warn")
+    if told:
+        assert told[0].startswith(f"step {alarms[0]}: selection: the lengths of trained samples")
+
+
+async def test_a_run_can_be_ended_by_its_selection(tmp_path: Path) -> None:
+    run, _ = drop_the_short_ones(tmp_path, "stop")
+    error = await error_of(run)
+    assert isinstance(error, BudgetSpent) and "(journal.selection=warn goes on)" in str(error)
+    assert 1 < len(lines(run, "train")) < 12
+
+
+async def test_the_old_context_of_trained_tokens_is_measured(tmp_path: Path) -> None:
+    """The groups of step 2 start at version 0, and end at version 1: the fleet's gate holds them up in between."""
+    run = fake_run(tmp_path, "steps=2", "async.max_lag=1")
+    started = run.trainer.gates[1] = Gate()
+    started.close()
+    run.fleet.gate.pass_through = lambda: hold(run)  # type: ignore[method-assign, assignment]
+
+    async def hold(run: FakeRun) -> None:
+        if len(run.fleet.started) > 2:
+            started.open()
+            await until(lambda: run.fleet.version == 1)
+
+    await finish(run)
+    first, second = lines(run, "train")
+    assert (first["kv/old_context_fraction"], first["kv/age_max"]) == (0, 0)
+    # 2 tokens of prompt, one by version 0, two by version 1, which attend to 3 and 4 tokens, 2 of them old
+    assert second["kv/old_context_fraction"] == pytest.approx((0 + 2 / 3 + 2 / 4) / 3)
+    assert (second["kv/old_context_fraction_max"], second["kv/age_max"]) == (2 / 3, 1)

@@ -25,6 +25,9 @@ def test_plain_lines() -> None:
     console = Console(MetricsConfig(), 100, out)
     console.status("starting engines...")
     console.write("eval", 0, {"eval/sort/accuracy": 0.453, "eval/math/accuracy": 0.1, "eval/sort/tokens_mean": 9})
+    gain = {"eval/sort/gain": 0.05, "eval/sort/gain/ci_low": -0.01, "eval/sort/gain/ci_high": 0.11}
+    console.write("eval", 9, {"eval/sort/accuracy": 0.5, "eval/sort/avg@1": 0.5} | gain)
+    console.write("eval", 18, {"eval/sort/missed": 1.0})
     console.write("train", 12, STEP)
     console.write("run", 12, {"time/start_s": 3.0})
     console.status("")
@@ -33,6 +36,7 @@ def test_plain_lines() -> None:
         "starting engines...",
         "eval  step 0  math  accuracy 10.0%",
         "eval  step 0  sort  accuracy 45.3%",
+        "eval  step 9  sort  accuracy 50.0%  gain +5.0% (-1.0% to +11.0%)",
         # no earlier step to measure the pace by: eta = 88 steps * 1.08 s = 95.04 s
         "step  12/100  reward 0.53  lag 1.2 (max 2)  kl 1.2e-03  clip 0.4%  1234 tok/s  1.1 s/step  eta 01:35",
     ]

@@ -58,6 +58,16 @@ def test_summary_by_hand() -> None:
     assert summary.mismatch == pytest.approx((300 * 1e-6 + 100 * 4e-6) / 400)
 
 
+def test_the_gain_of_the_last_evaluation_is_told_with_its_interval(tmp_path: Path) -> None:
+    first = {"kind": "eval", "step": 0, "eval/sort/accuracy": 0.4}
+    last = {"kind": "eval", "step": 9, "eval/sort/accuracy": 0.9}
+    gain = {"eval/sort/gain": 0.5, "eval/sort/gain/ci_low": 0.437, "eval/sort/gain/ci_high": 0.5521}
+    plain = format_summary(summarize([first, train(9, reward__mean=0.5), last]), tmp_path)
+    assert "accuracy 40.0% -> 90.0%\n" in plain
+    text = format_summary(summarize([first, train(9, reward__mean=0.5), last | gain]), tmp_path)
+    assert "accuracy 40.0% -> 90.0%  (gain +43.7 to +55.2 points, 95%)" in text
+
+
 def test_the_closing_text_points_only_at_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "rollouts").mkdir()
     records = [train(1, reward__mean=0.25), train(2, reward__mean=0.75)]
@@ -76,6 +86,8 @@ def test_an_empty_run_can_be_summarised(tmp_path: Path) -> None:
 def small_run(run_dir: Path, **values: float) -> None:
     log = MetricsLog(run_dir)
     log.log("eval", 0, {"eval/sort/accuracy": 0.4})
+    interval = {"eval/sort/accuracy/ci_low": 0.4, "eval/sort/accuracy/ci_high": 0.6}
+    log.log("eval", 3, {"eval/sort/accuracy": 0.5} | interval)
     for step in range(1, 4):
         log.log("train", step, {name.replace("__", "/"): value for name, value in values.items()})
     log.close()
@@ -104,7 +116,7 @@ def test_every_figure_of_a_full_run(tmp_path: Path) -> None:
     )  # fmt: skip
     names = ["reward", "policy", "staleness", "mismatch", "throughput"]
     assert [path.stem for path in write_plots(tmp_path)] == names
-    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 4
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 5
 
 
 def test_importing_the_metrics_package_pulls_in_nothing_heavy() -> None:

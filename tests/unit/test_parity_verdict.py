@@ -156,7 +156,7 @@ def test_without_prefix_caching_the_weights_did_not_arrive():
 @pytest.mark.parametrize(
     ("engine", "advice"),
     [
-        ({"update_clear_cache": True}, "engine.update_clear_cache=false"),
+        ({"kv_policy": "recompute"}, "engine.kv_policy=keep"),
         ({"async_scheduling": True}, "engine.async_scheduling=false"),
         ({}, "look at the update path"),
     ],

@@ -8,7 +8,7 @@ import pytest
 
 from pipelinerl.config.device import gpu_count, resolve_device
 from pipelinerl.config.load import load_config
-from pipelinerl.config.plan import plan, render
+from pipelinerl.config.plan import parity_fixes, plan, render
 from pipelinerl.config.preflight import preflight
 from pipelinerl.errors import DataError, EnvironmentProblem
 from tests.unit.configs import config_of
@@ -47,6 +47,7 @@ def test_each_version_is_evaluated_once(overrides: list[str], versions: tuple[in
         (["cluster.device=cpu"], 8, "cpu", "gloo", 0),
         ([MATH], 0, "cuda", "nccl", 8),
         ([MATH, "engine.tensor_parallel=2"], 8, "cuda", "nccl", 12),  # 4 * 2 + 4
+        ([MATH, "eval.engine=dedicated", "eval.every=10", "engine.tensor_parallel=2"], 8, "cuda", "nccl", 14),
     ],
 )
 def test_devices_and_backend(overrides: list[str], gpus: int, device: str, backend: str, needed: int) -> None:
@@ -63,7 +64,7 @@ def test_devices_and_backend(overrides: list[str], gpus: int, device: str, backe
         (["engine.async_scheduling=true"], ["2"]),
         (["engine.generation_config=auto"], ["2"]),
         (["engine.update_pause=wait"], ["3"]),
-        (["engine.update_clear_cache=true"], ["3"]),
+        (["engine.kv_policy=recompute"], ["3"]),
         ([MATH, "model.head_dtype=bfloat16"], ["4"]),
     ],
 )
@@ -104,6 +105,7 @@ def test_the_plan_shows_what_differs_from_it() -> None:
     assert rows["optimizer updates"] == "4 per step, of 16 groups each"
     assert "refilled" in rows["equal rewards"] and "not in the loss" in rows["truncated"]
     assert rows_of("algo=gspo")["loss"] == "gspo, aggregated by seq_mean_token_mean"
+    assert "training" not in rows and "that are ready" in rows_of("batch.stream=true")["training"]
 
 
 def tiny_model(directory: Path) -> Path:
@@ -248,3 +250,18 @@ def test_preflight_wants_a_kv_cache_size_when_auto_turns_out_to_be_cpu(
     config = load_config([f"model.path={tiny_model(tmp_path / 'm')}", "cluster.device=auto", "engine=gpu"])
     with pytest.raises(EnvironmentProblem, match=r"engine\.kv_cache_mb=null on CPU"):
         preflight(config)
+
+
+def test_the_plan_says_what_recording_takes_at_most() -> None:
+    config = load_config(["batch.groups_per_step=10", "batch.group_size=16", "sampling.max_tokens=100"])
+    longest = config.engine.max_model_len
+    recorded = f"at most {160 * 4 * (longest + 100) / 1e3:.1f} kB a step, never pruned"
+    assert recorded in render(plan(config, gpus=0))
+    off = load_config(["journal.batches=false"])
+    assert "none (journal.batches=false): the run cannot be replayed" in render(plan(off, gpus=0))
+
+
+def test_the_plan_says_what_an_update_does_to_old_kv() -> None:
+    config = load_config(["engine.kv_policy=recompute_at_lag", "engine.kv_max_lag=2"])
+    fix = next(fix for fix in parity_fixes(config) if fix.name.startswith("3"))
+    assert not fix.in_force and fix.settings == "engine.update_pause=keep, kv_policy=recompute_at_lag 2"

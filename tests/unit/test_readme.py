@@ -21,16 +21,17 @@ def shown_commands() -> list[str]:
 
 
 def test_every_command_is_one_that_a_test_knows() -> None:
-    kinds = ("pipelinerl train", "pipelinerl parity", "pipelinerl make-tiny", "./scripts/")
+    kinds = ("pipelinerl train", "pipelinerl parity", "pipelinerl eval", "pipelinerl make-tiny", "./scripts/")
     kinds += (".venv/bin/python scripts/parity_ablation.py", ".venv/bin/python scripts/objectives.py")
     kinds += (".venv/bin/python scripts/bench/",)
     assert [command for command in shown_commands() if not command.startswith(kinds)] == []
 
 
 @pytest.mark.parametrize(
-    "command", [c for c in shown_commands() if c.startswith(("pipelinerl train", "pipelinerl parity"))]
+    "command",
+    [c for c in shown_commands() if c.startswith(("pipelinerl train", "pipelinerl parity", "pipelinerl eval"))],
 )
-def test_every_train_or_parity_command_composes(command: str) -> None:
+def test_every_command_with_settings_composes(command: str) -> None:
     load_config([word for word in shlex.split(command)[2:] if not word.startswith("--")])
 
 

@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import pipelinerl.tasks
-from pipelinerl.config.schema import JsonlTask, SortTask, TaskConfig
+from pipelinerl.config.schema import JsonlTask, LengthsTask, SortTask, TaskConfig
 from pipelinerl.tasks import scorers
 from pipelinerl.tasks.base import Message, Score, SingleTurnEnv
 from pipelinerl.tasks.registry import build_task
@@ -91,7 +92,11 @@ def test_sort_problems_are_a_sequence() -> None:
 
 def test_every_configured_kind_has_a_builder() -> None:
     word_problems = Path(pipelinerl.tasks.__path__[0]) / "data" / "word_problems.jsonl"
-    configs: dict[str, TaskConfig] = {"sort": SortTask(), "jsonl": JsonlTask(path=str(word_problems))}
+    configs: dict[str, TaskConfig] = {
+        "sort": SortTask(),
+        "jsonl": JsonlTask(path=str(word_problems)),
+        "lengths": LengthsTask(),
+    }
     kinds = {get_args(kind.model_fields["kind"].annotation)[0] for kind in get_args(get_args(TaskConfig)[0])}
     assert {kind: build_task(config, seed=0).name for kind, config in configs.items()} == {k: k for k in kinds}
 
@@ -109,3 +114,36 @@ async def test_a_single_turn_env_hands_text_and_arguments_to_the_scorer() -> Non
     step = await env.step("it is 4", truncated=True)
     assert calls == [("mine:score", {"text": "it is 4", "answer": "4"})]
     assert step.score is verdict and step.messages == ()
+
+
+def lengths(sigma: float, count: int = 4000) -> list[int]:
+    problems = build_task(LengthsTask(median=100, sigma=sigma, train_problems=count), seed=3).problems("train")
+    assert problems[7] == problems[7] and problems[-1] == problems[count - 1]
+    return [problem.completion_tokens or 0 for problem in problems]
+
+
+def test_lengths_are_equal_or_log_normal_as_configured() -> None:
+    assert set(lengths(sigma=0.0)) == {100}
+    p50, p99 = np.percentile(lengths(sigma=0.99), [50, 99])
+    assert p50 == pytest.approx(100, rel=0.05)
+    assert p99 / p50 == pytest.approx(10, rel=0.1)
+    assert min(lengths(sigma=4.0)) == 1  # never none
+
+
+async def test_the_reward_of_a_given_length_is_a_coin_that_the_text_tosses() -> None:
+    calls = []
+
+    async def grade(scorer: str, kwargs: Mapping[str, Any]) -> Score:
+        calls.append((scorer, dict(kwargs)))
+        return Score(1.0)
+
+    task = build_task(LengthsTask(prompt_chars=40), seed=0)
+    problem = task.problems("train")[5]
+    env = task.env(problem, grade)
+    (message,) = await env.start()
+    assert message.role == "user" and len(message.content) == 40
+    assert (await env.step("abc", truncated=True)).score == Score(1.0)
+    assert calls == [("pipelinerl.tasks.scorers:toss", {"text": "abc"})]
+    tosses = [scorers.toss(f"text {number}") for number in range(1000)]
+    assert tosses == [scorers.toss(f"text {number}") for number in range(1000)]
+    assert set(tosses) == {0.0, 1.0} and 400 < sum(tosses) < 600
