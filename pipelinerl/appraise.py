@@ -43,6 +43,7 @@ async def _appraise(config: RunConfig) -> int:
     run_dir = new_run_dir(config, "eval-", ("metrics.jsonl", RESULTS))
     async with open_session(config, run_dir, _say, trainer=False) as session:
         session.write_settings(run_dir)
+        session.fleet.recovery = "reload"
         _say(f"evaluating {config.model.path} on {len(problems)} problems of {task.name}")
         start, progress = time.perf_counter(), Progress(session, len(problems))
         async with background(progress.watch()):

@@ -23,6 +23,7 @@ class Command:
 
 COMMANDS = {
     "train": Command("pipelinerl.commands.train:main", "train a model (--dry-run: only show what would be done)"),
+    "plan": Command("pipelinerl.commands.plan:main", "show what a run comes to, who sits where, and whether it fits"),
     "parity": Command("pipelinerl.commands.parity:main", "measure whether the engine's logprobs are the trainer's"),
     "replay": Command(
         "pipelinerl.commands.replay:main", "do the recorded steps of a run again and compare every number"

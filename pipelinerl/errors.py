@@ -57,7 +57,11 @@ class Stalled(PipelineRLError):
 
 
 class WeightSyncError(PipelineRLError):
-    """A weight update did not complete; the engine it names serves nothing until a full update reaches it."""
+    """A weight update did not complete. The text says whether the engine it names stays paused for that."""
+
+
+class VerificationFailed(WeightSyncError):
+    """The canary of an engine found parameters that are not what the trainer sent."""
 
 
 class EvaluationError(PipelineRLError):

@@ -18,7 +18,7 @@ from pipelinerl.cluster.fleet import Fleet
 from pipelinerl.cluster.ray_cluster import RayCluster
 from pipelinerl.cluster.trainer_group import TrainerGroup
 from pipelinerl.concurrency import Ending, background, together
-from pipelinerl.config.device import Device, resolve_backend, resolve_device
+from pipelinerl.config.device import Device, resolve_backend
 from pipelinerl.config.schema import RunConfig
 from pipelinerl.errors import EXIT_SIGINT, EXIT_SIGTERM, PipelineRLError
 from pipelinerl.weights.publisher import Publisher
@@ -88,13 +88,13 @@ class Session:
     async def replace_engines(self, config: RunConfig) -> None:
         """New engines with the engine settings of `config`, at version 0; the trainer stays as it is."""
         self.settings["engines"] = await self.fleet.replace(config)
-        self.publisher = await _connected(self.trainer, self.fleet, config, self.backend)
+        self.publisher = _publisher(self.trainer, self.fleet, config, self.backend)
 
     async def replace_trainer(self) -> None:
         """New trainer ranks, with the weights of model.path. No engine serves before the next update reaches it."""
         await self.fleet.abandon()
         await self.trainer.restart()
-        self.publisher = await _connected(self.trainer, self.fleet, self.config, self.backend)
+        self.publisher = _publisher(self.trainer, self.fleet, self.config, self.backend)
 
     def write_settings(self, run_dir: Path) -> None:
         """Write `settings` to settings.json."""
@@ -109,24 +109,26 @@ async def open_session(
 
     Without `engines` or without `trainer` the other is alone, and no weights travel.
     """
-    device = resolve_device(config)
-    backend = resolve_backend(config, device)
-    cluster = RayCluster(config, run_dir, device)
+    cluster = RayCluster(config, run_dir)
     try:
         status(f"run directory {run_dir}; starting Ray")
         await cluster.start()
+        placement = await cluster.reserve(engines, trainer)
+        device = cluster.device
+        backend = resolve_backend(config, device, placement.shares_gpu)
+        cluster.use_transport(backend)
         status(f"starting {' and '.join(['engines'] * engines + ['trainer'] * trainer)}")
-        await cluster.reserve(backend, engines, trainer)
         fleet = Fleet(cluster, config, config.engines if engines else 0)
         group = TrainerGroup(cluster.start_ranks, config.trainer)
         engine_settings, trainer_settings = await together(fleet.start(), group.setup() if trainer else _nothing())
         settings = {
             "device": device,
             "weights_backend": backend,
+            "placement": {process.name: process.node.name for process in placement.processes},
             "engines": engine_settings,
             "trainer": trainer_settings,
         }
-        publisher = await _connected(group, fleet, config, backend, engines and trainer)
+        publisher = _publisher(group, fleet, config, backend)
         async with background(fleet.supervise(), group.supervise()):
             yield Session(config, device, backend, cluster, group, fleet, publisher, settings)
         status("stopping the workers")
@@ -134,13 +136,9 @@ async def open_session(
         await _to_the_end(cluster.close)
 
 
-async def _connected(
-    trainer: TrainerGroup, fleet: Fleet, config: RunConfig, backend: str, both: bool = True
-) -> Publisher:
-    publisher = Publisher(trainer, fleet.engines, config.weights, backend, config.engine.tensor_parallel)
-    if both:
-        await publisher.connect()
-    return publisher
+def _publisher(trainer: TrainerGroup, fleet: Fleet, config: RunConfig, backend: str) -> Publisher:
+    """It connects trainer and engines at its first update, so it does no harm where one of them is not there."""
+    return Publisher(trainer, fleet, config.weights, backend, config.engine.workers)
 
 
 async def _nothing() -> dict[str, Any]:

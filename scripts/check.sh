@@ -9,5 +9,5 @@ bin=.venv/bin
 "$bin/ruff" check .
 "$bin/mypy"
 "$bin/lint-imports" --no-cache
-for script in scripts/*.sh scripts/requirements/*.sh .ci/run; do bash -n "$script"; done
+for script in scripts/*.sh scripts/*/*.sh .ci/run; do bash -n "$script"; done
 echo "check.sh: all checks passed"

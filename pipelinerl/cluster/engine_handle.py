@@ -59,6 +59,30 @@ class Launcher(Protocol):
         """Let it close what it has, then end it."""
 
 
+class Member:
+    """One life of an engine, as weight updates see it: a process that was started again is another member."""
+
+    def __init__(self, engine: "EngineHandle", worker: RemoteWorker, life: int):
+        self.engine = engine
+        self.life = life
+        self._worker = worker
+
+    async def locate(self, segment: dict[str, Any] | None) -> list[str]:
+        return list(await self._worker.call("locate", segment))
+
+    async def connect(self, init_info: dict[str, Any]) -> None:
+        await self._worker.call("connect", init_info)
+
+    async def disconnect(self) -> None:
+        await self._worker.call("disconnect")
+
+    async def update_weights(self, update_info: dict[str, Any], version: int) -> dict[str, float]:
+        return dict(await self._worker.call("update_weights", update_info, version))
+
+    async def commit(self, version: int, names: list[str], digests: list[int]) -> dict[str, float]:
+        return dict(await self._worker.call("commit", version, names, digests))
+
+
 class EngineHandle:
     """The driver's handle on one engine. A restart gives it another process and the next `life`."""
 
@@ -67,11 +91,13 @@ class EngineHandle:
         self.state = EngineState.RESTARTING
         self.restarts = 0
         self.life = 0
+        self.cause = ""  # of its last death
         self.version: int | None = None  # that it was brought to last, in this life
         self.missed_update = False  # one has gone by while it was SUSPECT
         self._launcher = launcher
         self._config = config
         self._worker: RemoteWorker | None = None
+        self._member: Member | None = None
         self._processes: Any = None  # of the last life: what may outlive its actor
 
     @property
@@ -105,6 +131,7 @@ class EngineHandle:
         self.life += 1
         self.missed_update, self.version = False, None
         worker = self._worker = self._launcher.start_engine(self.index, self._config)
+        self._member = Member(self, worker, self.life)
         if self._processes is not None:
             await worker.sweep(self._processes, self._config.engine.start_timeout_s)
         settings = dict(await worker.call("start", timeout_s=self._config.engine.start_timeout_s))
@@ -128,6 +155,12 @@ class EngineHandle:
         assert self._worker is not None, f"{self.name} was never started"
         return self._worker
 
+    @property
+    def member(self) -> Member:
+        """Of its present life."""
+        assert self._member is not None, f"{self.name} was never started"
+        return self._member
+
     async def heartbeat(self, timeout_s: float) -> None:
         """Return when the engine has been around its loop. Raises Stalled or WorkerDied."""
         await self.worker.call("heartbeat", timeout_s=timeout_s)
@@ -135,15 +168,6 @@ class EngineHandle:
     async def abandon(self) -> None:
         """Give up all groups it works on."""
         await self.worker.call("abandon", timeout_s=self._config.engine.hang_timeout_s)
-
-    async def connect(self, init_info: dict[str, Any]) -> None:
-        await self.worker.call("connect", init_info, timeout_s=self._config.weights.timeout_s)
-
-    async def update_weights(self, update_info: dict[str, Any], version: int) -> dict[str, float]:
-        return dict(await self.worker.call("update_weights", update_info, version))
-
-    async def commit(self, version: int, names: list[str], digests: list[int]) -> dict[str, float]:
-        return dict(await self.worker.call("commit", version, names, digests))
 
     async def group(self, method: str, group_id: int, problem: Problem, *args: Any) -> tuple[GroupMeta, Any]:
         """A group and a reference to its payload."""

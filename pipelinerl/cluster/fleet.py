@@ -13,9 +13,9 @@ the loop in which the engine core also samples.
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
-from pipelinerl.cluster.engine_handle import EngineHandle, EngineState, Launcher
+from pipelinerl.cluster.engine_handle import EngineHandle, EngineState, Launcher, Member
 from pipelinerl.cluster.routing import LeastLoaded
 from pipelinerl.concurrency import together
 from pipelinerl.config.schema import RunConfig
@@ -23,6 +23,10 @@ from pipelinerl.errors import PipelineRLError, Stalled, WorkerDied, first_line
 from pipelinerl.types import FleetEvent, GroupMeta, Outcome, Problem, RolloutMeta
 
 MAX_BACKOFF_S = 30.0
+
+Recovery = Literal["none", "refit", "reload"]
+"""What becomes of an engine that is lost. none: the run ends with it. refit: it is started again, and an update has to
+bring it the weights. reload: it is started again, and those of model.path are the ones to serve."""
 
 
 class Fleet:
@@ -40,6 +44,7 @@ class Fleet:
         self.evaluator = self.engines[-1] if count > config.engine.count else None
         self.evaluator_joins = False
         self.listener: Callable[[FleetEvent], None] = lambda event: None
+        self.recovery: Recovery = "none"
         self.restarts = 0
         self.requeued = 0
         self._config = config
@@ -59,7 +64,7 @@ class Fleet:
         """
         settings = await together(*(engine.start() for engine in self.engines))
         for engine in self.engines:
-            self.refitted(engine, 0)
+            self._serves(engine, 0)
         return settings
 
     async def replace(self, config: RunConfig) -> list[dict[str, Any]]:
@@ -68,7 +73,7 @@ class Fleet:
             self._become(engine, EngineState.RESTARTING)
         settings = await together(*(engine.replace(config) for engine in self.engines))
         for engine in self.engines:
-            self.refitted(engine, 0)
+            self._serves(engine, 0)
         return settings
 
     # Groups
@@ -160,20 +165,23 @@ class Fleet:
 
     # Weight updates: what the publisher asks and tells
 
-    def members(self) -> list[EngineHandle]:
+    def members(self) -> list[Member]:
         """The engines that are to get the next update. One that does not answer is left out and becomes STALE."""
         for engine in self.engines:
             engine.missed_update |= engine.state is EngineState.SUSPECT
-        return [
-            engine for engine in self.engines if engine.ready and (engine is not self.evaluator or self.evaluator_joins)
-        ]
+        joining = (engine for engine in self.engines if engine is not self.evaluator or self.evaluator_joins)
+        return [engine.member for engine in joining if engine.ready]
 
-    def lost(self, engine: EngineHandle, error: BaseException) -> None:
+    def lost(self, member: Member, error: Exception) -> None:
         """It did not complete its part of an update: kill it and start another one in its place."""
-        self._lost(engine, error, engine.life)
+        self._lost(member.engine, error, member.life)
 
-    def refitted(self, engine: EngineHandle, version: int) -> None:
+    def refitted(self, member: Member, version: int) -> None:
         """A whole update has reached it: it serves `version`."""
+        if member.life == member.engine.life:
+            self._serves(member.engine, version)
+
+    def _serves(self, engine: EngineHandle, version: int) -> None:
         engine.version = version
         if engine.state is EngineState.STALE:
             self._become(engine, EngineState.HEALTHY)
@@ -244,11 +252,14 @@ class Fleet:
         if engine.life != life or not engine.lives:
             return
         self._become(engine, EngineState.DEAD)
+        engine.cause = first_line(error)
         engine.kill()
         self._wakes[engine.index].set()
         self._tell("lost", engine, first_line(error))
 
     async def _restart(self, engine: EngineHandle) -> None:
+        if self.recovery == "none":
+            raise WorkerDied(engine.cause)
         if engine.restarts >= self._config.engine.max_restarts:
             self._retire(engine)
             return
@@ -260,11 +271,14 @@ class Fleet:
             await engine.start()
         except PipelineRLError as error:
             engine.kill()
+            engine.cause = first_line(error)
             self._become(engine, EngineState.DEAD)
             self._tell("lost", engine, f"restart {engine.restarts} failed: {first_line(error)}")
             return
         self._tell("restarted", engine, f"started again, {engine.restarts} of {self._config.engine.max_restarts}")
         self._notify()
+        if self.recovery == "reload":
+            self._serves(engine, 0)
 
     def _retire(self, engine: EngineHandle) -> None:
         self._become(engine, EngineState.RETIRED)
@@ -274,8 +288,8 @@ class Fleet:
         if left < limit.min_count:
             raise WorkerDied(
                 f"{left} of {limit.count} engines are left and engine.min_count={limit.min_count} are needed: "
-                f"{engine.name} died {engine.restarts + 1} times (engine.max_restarts={limit.max_restarts}); "
-                f"see logs/engine_{engine.index}.log"
+                f"{engine.name} died {engine.restarts + 1} times (engine.max_restarts={limit.max_restarts}), at last "
+                f"because: {engine.cause}"
             )
 
     def _become(self, engine: EngineHandle, state: EngineState) -> None:

@@ -1,33 +1,225 @@
-"""Who needs what: one Ray bundle per process, computed from the config alone."""
+"""Who sits where: from configuration and inventory to a node, cores and GPUs for every process. Pure.
 
+Rules. A process has its devices to itself: a GPU per trainer rank and per engine worker (`engine.workers` = TP x PP),
+on a CPU a core each, or the same fraction of one where there are fewer cores. The workers of an engine are on one
+node. Trainer ranks are packed onto as few nodes as leave room for the engines, in order of rank; engines are spread
+evenly over the room that is left. Where the cluster has one GPU, one rank and one engine share it.
+
+A unit is what a worker needs: a GPU, or on a CPU a share of a core. With `u` units on a node there is room for
+`u // workers` engines, and ranks fill up what is left over, so everything fits exactly if both the engines and the sum
+of the units do.
+"""
+
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+from pipelinerl.config.device import Device
+from pipelinerl.config.inventory import Inventory, Node
 from pipelinerl.config.schema import RunConfig
+
+HUNDREDTHS = 100  # Ray counts fractions of a core; more digits than two would only be noise
 
 
 @dataclass(frozen=True, slots=True)
-class Bundle:
-    """The resources of one process."""
+class Process:
+    """A process, and the part of a node that is its own."""
 
-    name: str
+    role: Literal["trainer rank", "engine"]
+    index: int  # among those of its role
+    node: Node
     cpus: float
-    gpus: int
+    gpus: float  # 0.5 where two share the only one
+
+    @property
+    def name(self) -> str:
+        return f"{self.role} {self.index}"
 
     def resources(self) -> dict[str, float]:
+        """As Ray names them."""
         return {"CPU": self.cpus} | ({"GPU": float(self.gpus)} if self.gpus else {})
 
 
-def bundles(config: RunConfig, device: str, cpus: float) -> tuple[list[Bundle], list[Bundle]]:
-    """Bundles of the trainer ranks and of the engines, for a cluster with `cpus` cores.
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Every process, trainer ranks first and both in order; none where there are `problems`, which say what lacks."""
 
-    A process asks for one core, or for its equal share where there are more processes than cores; only on GPUs do
-    processes compete for something that cannot be shared.
+    processes: tuple[Process, ...]
+    problems: tuple[str, ...] = ()
+
+    @property
+    def trainers(self) -> tuple[Process, ...]:
+        return tuple(process for process in self.processes if process.role == "trainer rank")
+
+    @property
+    def engines(self) -> tuple[Process, ...]:
+        return tuple(process for process in self.processes if process.role == "engine")
+
+    @property
+    def shares_gpu(self) -> bool:
+        """Whether trainer and engine are on one GPU."""
+        return any(0 < process.gpus < 1 for process in self.processes)
+
+    def by_node(self) -> dict[Node, list[Process]]:
+        """The processes of every node that has any."""
+        found: dict[Node, list[Process]] = {}
+        for process in self.processes:
+            found.setdefault(process.node, []).append(process)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """How many processes are to be placed."""
+
+    ranks: int
+    engines: int
+    width: int  # workers of an engine
+
+    @classmethod
+    def of(cls, config: RunConfig, engines: bool = True, trainer: bool = True) -> "Demand":
+        """Of a run; without `engines`, or without `trainer`, of a command that has none of those."""
+        return cls(config.trainer.ranks * trainer, config.engines * engines, config.engine.workers)
+
+
+def place(config: RunConfig, inventory: Inventory, device: Device, demand: Demand | None = None) -> Placement:
+    """Place all processes of a run, or those of `demand`, or say what the inventory lacks."""
+    demand = demand or Demand.of(config)
+    ranks, engines, width = demand.ranks, demand.engines, demand.width
+    nodes = inventory.nodes
+    if device == "cpu":
+        return _place_on_cores(demand, nodes)
+    # A GPU without a hundredth of a core for the process that drives it is of no use.
+    units = [min(node.gpus, int(HUNDREDTHS * node.cpus)) for node in nodes]
+    if sum(units) == 1 and (ranks, engines, width) == (1, 1, 1):
+        return _on_one_gpu(config, nodes[units.index(1)])
+    if problems := tuple(_shortfalls(config, demand, nodes, units)):
+        return Placement((), problems)
+    seats = _seats(units, ranks, engines, width)
+    cpus = [_share(node.cpus, len(seats.ranks_of(i)) + len(seats.engines_of(i))) for i, node in enumerate(nodes)]
+    trainers = (Process("trainer rank", i, nodes[at], cpus[at], 1) for i, at in enumerate(seats.ranks))
+    rollout = (Process("engine", i, nodes[at], cpus[at], width) for i, at in enumerate(seats.engines))
+    return Placement((*trainers, *rollout))
+
+
+def _on_one_gpu(config: RunConfig, node: Node) -> Placement:
+    if config.weights.backend == "nccl":
+        return Placement(
+            (),
+            (
+                "weights.backend=nccl: trainer and engine share the only GPU, and NCCL refuses two processes on one; "
+                "use weights.backend=auto",
+            ),
+        )
+    cpus = _share(node.cpus, 2)
+    return Placement((Process("trainer rank", 0, node, cpus, 0.5), Process("engine", 0, node, cpus, 0.5)))
+
+
+def _place_on_cores(demand: Demand, nodes: Sequence[Node]) -> Placement:
+    """The largest share of a core, up to a whole one, with which every process finds room."""
+    ranks, engines, width = demand.ranks, demand.engines, demand.width
+    hundredths = [int(HUNDREDTHS * node.cpus) for node in nodes]
+    for share in range(HUNDREDTHS, 0, -1):
+        units = [count // share for count in hundredths]
+        if _fits(units, ranks, engines, width):
+            seats = _seats(units, ranks, engines, width)
+            cpus = share / HUNDREDTHS
+            trainers = (Process("trainer rank", i, nodes[at], cpus, 0) for i, at in enumerate(seats.ranks))
+            rollout = (Process("engine", i, nodes[at], round(cpus * width, 2), 0) for i, at in enumerate(seats.engines))
+            return Placement((*trainers, *rollout))
+    cores = ", ".join(f"{node.name} has {node.cpus:g}" for node in nodes) or "there is no node"
+    workers = engines * width + ranks
+    return Placement((), (f"{workers} processes find no room on cores, at least 0.01 of one for each: {cores}",))
+
+
+def _share(cpus: float, processes: int) -> float:
+    """Cores of each of so many processes on a node, at most one, rounded down."""
+    return min(1.0, int(HUNDREDTHS * cpus / max(processes, 1)) / HUNDREDTHS)
+
+
+@dataclass(frozen=True, slots=True)
+class _Seats:
+    """The index of the node of every rank and of every engine."""
+
+    ranks: list[int]
+    engines: list[int]
+
+    def ranks_of(self, node: int) -> list[int]:
+        return [rank for rank, at in enumerate(self.ranks) if at == node]
+
+    def engines_of(self, node: int) -> list[int]:
+        return [engine for engine, at in enumerate(self.engines) if at == node]
+
+
+def _fits(units: Sequence[int], ranks: int, engines: int, width: int) -> bool:
+    return sum(unit // width for unit in units) >= engines and sum(units) >= engines * width + ranks
+
+
+def _seats(units: Sequence[int], ranks: int, engines: int, width: int) -> _Seats:
+    """Ranks on as few nodes as possible, engines as evenly as the rest allows."""
+    taken = _ranks_per_node(units, ranks, engines, width)
+    room = [(unit - used) // width for unit, used in zip(units, taken, strict=True)]
+    counts = [0] * len(units)
+    order = []
+    for _ in range(engines):
+        free = (i for i in range(len(units)) if counts[i] < room[i])
+        at = min(free, key=lambda i: (counts[i], taken[i], i))
+        counts[at] += 1
+        order.append(at)
+    return _Seats([i for i, used in enumerate(taken) for _ in range(used)], order)
+
+
+def _ranks_per_node(units: Sequence[int], ranks: int, engines: int, width: int) -> list[int]:
+    """How many ranks each node takes."""
+    taken = [0] * len(units)
+    chosen = _nodes_for_ranks(units, ranks, engines, width)
+    for i in chosen:  # first what is too little for another engine anyway
+        taken[i] = min(units[i] % width, ranks - sum(taken))
+    for i in chosen:
+        taken[i] += min(units[i] - taken[i], ranks - sum(taken))
+    return taken
+
+
+def _nodes_for_ranks(units: Sequence[int], ranks: int, engines: int, width: int) -> list[int]:
+    """The smallest set of nodes that can hold all ranks and leaves room for all engines.
+
+    Ranks cost no engine its place as long as they sit where another engine would not fit anyway; the others cost one
+    place for every `width` of them. So a set is good if its units hold the ranks, and its odd units enough of them.
     """
-    gpus = device == "cuda"
-    processes = config.trainer.ranks + config.engines
-    share = min(1.0, int(100 * cpus / processes) / 100)
-    trainers = [Bundle(f"trainer rank {i}", share, int(gpus)) for i in range(config.trainer.ranks)]
-    engines = [
-        Bundle(f"engine {i}", share, config.engine.tensor_parallel if gpus else 0) for i in range(config.engines)
-    ]
-    return trainers, engines
+    spare_places = sum(unit // width for unit in units) - engines
+    odd_needed = max(0, ranks - width * spare_places)
+    # For every number of nodes and of odd units (no more than needed): the most units, and the nodes that have them.
+    best: list[dict[int, tuple[int, list[int]]]] = [{0: (0, [])}]
+    for i, unit in enumerate(units):
+        best.append({})
+        for size in range(len(best) - 2, -1, -1):
+            for odd, (total, nodes) in best[size].items():
+                state = min(odd_needed, odd + unit % width)
+                if total + unit > best[size + 1].get(state, (-1, []))[0]:
+                    best[size + 1][state] = (total + unit, [*nodes, i])
+    sets = (states[odd_needed] for states in best if odd_needed in states)
+    return next(nodes for total, nodes in sets if total >= ranks)
+
+
+def _shortfalls(config: RunConfig, demand: Demand, nodes: Sequence[Node], units: Sequence[int]) -> Iterator[str]:
+    """What is missing, if anything: GPUs altogether, or enough of them on one node."""
+    ranks, engines, width = demand.ranks, demand.engines, demand.width
+    have = ", ".join(
+        f"{node.name} has {unit}" + (f" (of {node.gpus}, with {node.cpus:g} cores)" if unit < node.gpus else "")
+        for node, unit in zip(nodes, units, strict=True)
+    )
+    have = have or "there is no node"
+    count = f"(engine.count={config.engine.count} + 1 to evaluate)" if engines > config.engine.count else ""
+    factors = f"{count or f'engine.count={engines}'} x tensor_parallel={config.engine.tensor_parallel}"
+    if config.engine.pipeline_parallel > 1:
+        factors += f" x pipeline_parallel={config.engine.pipeline_parallel}"
+    needed, total = engines * width + ranks, sum(units)
+    if needed > total:
+        one = " (one GPU is shared only by one rank and one engine of one worker)" if total == 1 else ""
+        terms = f"{factors} + trainer.ranks={ranks}" if ranks else factors
+        yield f"{needed} GPUs needed ({terms}), {needed - total} missing: {have}{one}"
+    places = sum(unit // width for unit in units)
+    if width > 1 and places < engines:
+        most = max(units, default=0)
+        lack = f"{width - most} missing on the largest" if most < width else f"room for {places} of {engines} engines"
+        yield f"an engine needs {width} GPUs on one node ({factors.partition(' x ')[2]}), {lack}: {have}"

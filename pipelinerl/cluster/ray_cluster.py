@@ -8,35 +8,36 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group
+from ray.exceptions import AuthenticationError
 
 from pipelinerl.cluster.pinning import Cores, share_out
-from pipelinerl.cluster.placement import Bundle, bundles
+from pipelinerl.cluster.placement import Demand, Placement
 from pipelinerl.cluster.remote import RemoteWorker
+from pipelinerl.cluster.reservation import Seat, check_nodes, cluster_inventory, reserve
+from pipelinerl.config.device import Device, resolve_device
+from pipelinerl.config.preflight import local_inputs
 from pipelinerl.config.schema import RunConfig
 from pipelinerl.errors import EnvironmentProblem, first_line
 
-PLACEMENT_TIMEOUT_S = 60.0
 CLOSE_TIMEOUT_S = 40.0
+# What workers on other nodes take over from the driver's environment, but for secrets: it is visible in the cluster.
+FORWARDED = ("HF_", "TRANSFORMERS_", "NCCL_", "GLOO_", "VLLM_", "TORCH_", "PYTORCH_", "PYTHONPATH")
+SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 START_ATTEMPTS = 2
 
 
 class RayCluster:
-    """The processes of one run."""
+    """The processes of one run. Its life: `start`, `reserve`, `start_ranks` and `start_engine`, `close`."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, device: str):
+    def __init__(self, config: RunConfig, run_dir: Path):
         self._config = config
         self._logs = (run_dir / "logs").resolve()
-        self._device = device
         self._backend = ""
         self._workers: dict[str, RemoteWorker] = {}  # by name: the newest of that name
-        self._trainer_bundles: list[Bundle] = []
-        self._engine_bundles: list[Bundle] = []
-        self._trainer_group: Any = None
-        self._engine_group: Any = None
-        self._trainer_cores: list[Cores] = []
-        self._engine_cores: list[Cores] = []
+        self._seats: dict[str, list[Seat]] = {}  # role -> in order; kept, so that a process can be started again
+        self._cores: dict[str, list[Cores]] = {}
         self._started: asyncio.Task[None] | None = None
+        self.device: Device = "cpu"  # decided by `reserve`
 
     async def start(self) -> None:
         """Start a local cluster, or join the one at `cluster.address`."""
@@ -47,40 +48,49 @@ class RayCluster:
         for which in (signal.SIGINT, signal.SIGTERM):
             signal.signal(which, signal.getsignal(which))
 
-    async def reserve(self, backend: str, engines: bool = True, trainer: bool = True) -> None:
-        """Reserve what all processes need. Raises EnvironmentProblem that says what the cluster lacks.
+    async def reserve(self, engines: bool = True, trainer: bool = True) -> Placement:
+        """Decide who sits where and reserve what all processes need. Without `engines`, or without `trainer`, there are
+        none of those.
 
-        `backend` is that of the weight transport, which engines are told when they start. Without `engines`, or without
-        `trainer`, there are none of those.
+        Raises EnvironmentProblem that says what the cluster or one of its nodes lacks.
         """
+        config = self._config
+        local = config.cluster.address == "local"
+        gpus = None if local else (await asyncio.to_thread(cluster_inventory, free=False)).gpus
+        self.device = resolve_device(config, gpus)
         self._pin()
+        placement, seats = await reserve(config, self.device, Demand.of(config, engines, trainer))
+        for seat in seats:
+            self._seats.setdefault(seat.process.role, []).append(seat)
+        if not local:
+            self._logs.mkdir(parents=True, exist_ok=True)
+            timeout_s = config.cluster.placement_timeout_s
+            await asyncio.to_thread(check_nodes, placement, self._logs, local_inputs(config), _forwarded(), timeout_s)
+        return placement
+
+    def use_transport(self, backend: str) -> None:
+        """What engines that are started from now on are told of the weight transport."""
         self._backend = backend
-        cpus = ray.cluster_resources().get("CPU", 1.0)
-        trainer_bundles, engine_bundles = bundles(self._config, self._device, cpus)
-        self._trainer_bundles, self._engine_bundles = trainer_bundles * trainer, engine_bundles * engines
-        self._trainer_group = await _reserve(self._trainer_bundles, "PACK")
-        self._engine_group = await _reserve(self._engine_bundles, "SPREAD")
 
     def _pin(self) -> None:
         """With `cluster.pin_cores`, settle which process gets which cores of this machine."""
         if not self._config.cluster.pin_cores:
             return
-        if self._device != "cpu":
+        if self.device != "cpu":
             raise EnvironmentProblem("cluster.pin_cores=true is for CPU runs, and this one is on GPUs: set it to false")
-        self._trainer_cores, self._engine_cores = share_out(self._config, sorted(os.sched_getaffinity(0)))
+        ranks, engines = share_out(self._config, sorted(os.sched_getaffinity(0)))
+        self._cores = {"trainer rank": ranks, "engine": engines}
 
     def start_ranks(self) -> list[RemoteWorker]:
         """Start the processes of all trainer ranks in their places."""
         target = "pipelinerl.trainer.worker:TrainerWorker"
-        return [
-            self._start(bundle, rank, self._trainer_group, target, (self._config, rank, self._device))
-            for rank, bundle in enumerate(self._trainer_bundles)
-        ]
+        seats = self._seats["trainer rank"]
+        return [self._start(seat, target, (self._config, seat.process.index, self.device)) for seat in seats]
 
     def start_engine(self, index: int, config: RunConfig) -> RemoteWorker:
         """Start the process of an engine in its place, with the engine settings of `config`."""
-        bundle, target = self._engine_bundles[index], "pipelinerl.engine.worker:RolloutWorker"
-        return self._start(bundle, index, self._engine_group, target, (config, index, self._backend), is_async=True)
+        target = "pipelinerl.engine.worker:RolloutWorker"
+        return self._start(self._seats["engine"][index], target, (config, index, self._backend), is_async=True)
 
     async def stop_engine(self, worker: RemoteWorker) -> None:
         """Let an engine close what it has, then end its process."""
@@ -95,23 +105,25 @@ class RayCluster:
             await asyncio.gather(*(_stop(worker) for worker in self._workers.values()))
             await asyncio.to_thread(ray.shutdown)
 
-    def _start(
-        self, bundle: Bundle, index: int, group: Any, target: str, args: tuple[Any, ...], is_async: bool = False
-    ) -> RemoteWorker:
-        cores = self._engine_cores if is_async else self._trainer_cores
+    def _start(self, seat: Seat, target: str, args: tuple[Any, ...], is_async: bool = False) -> RemoteWorker:
+        process = seat.process
+        env = _worker_env(self.device, args[0], is_trainer=not is_async)
+        if self._config.cluster.address != "local":
+            env = _forwarded() | env
+        cores = self._cores.get(process.role)
         worker = RemoteWorker.start(
-            bundle.name,
+            process.name,
             target,
             args,
-            log_path=self._logs / f"{bundle.name.replace(' ', '_')}.log",
-            bundle=index,
-            group=group,
-            resources=bundle.resources(),
-            env=_worker_env(self._device, args[0], is_trainer=not is_async),
+            log_path=self._logs / f"{process.name.replace(' ', '_')}.log",
+            bundle=seat.bundle,
+            group=seat.group,
+            resources=process.resources(),
+            env=env,
             is_async=is_async,
-            cores=cores[index] if cores else None,
+            cores=cores[process.index] if cores else None,
         )
-        self._workers[bundle.name] = worker
+        self._workers[process.name] = worker
         return worker
 
 
@@ -142,11 +154,28 @@ def _init_ray(config: RunConfig) -> None:
         # "local" in so many words: a plain init would join any cluster that a stale file in the temp folder names.
         _start_local(num_cpus=cluster.num_cpus, object_store_memory=memory, **common)
         return
+    common.pop("include_dashboard")
     try:
-        common.pop("include_dashboard")
         ray.init(address=cluster.address, **common)
+    except AuthenticationError as error:
+        raise EnvironmentProblem(f"cluster.address={cluster.address}: {_TOKEN_HINT} ({first_line(error)})") from error
     except ConnectionError as error:
         raise EnvironmentProblem(f"cluster.address={cluster.address}: no Ray cluster there ({error})") from error
+
+
+_TOKEN_HINT = (
+    "the cluster did not take this token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the "
+    "token of the cluster"
+)
+
+
+def _forwarded() -> dict[str, str]:
+    """The part of the driver's environment that workers on other nodes need too."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(FORWARDED) and not any(part in name for part in SECRET)
+    }
 
 
 def _start_local(**options: Any) -> None:
@@ -163,23 +192,6 @@ def _start_local(**options: Any) -> None:
             logging.getLogger(__name__).warning("Ray did not start, trying again: %s", first_line(error))
 
 
-async def _reserve(wanted: list[Bundle], strategy: str) -> Any:
-    if not wanted:
-        return None
-    group = placement_group([bundle.resources() for bundle in wanted], strategy=strategy)
-    try:
-        async with asyncio.timeout(PLACEMENT_TIMEOUT_S):
-            await group.ready()
-    except TimeoutError:
-        need = {key: sum(b.resources().get(key, 0.0) for b in wanted) for key in ("CPU", "GPU")}
-        free = {key: ray.available_resources().get(key, 0.0) for key in ("CPU", "GPU")}
-        raise EnvironmentProblem(
-            f"no room for {', '.join(b.name for b in wanted)} within {PLACEMENT_TIMEOUT_S:.0f} s: "
-            f"needs {need}, the cluster has {free} free"
-        ) from None
-    return group
-
-
 def _worker_env(device: str, config: RunConfig, is_trainer: bool) -> dict[str, str]:
     """Environment of a worker process; it must be set before torch, DeepSpeed or vLLM is imported."""
     engine = config.engine
@@ -190,7 +202,7 @@ def _worker_env(device: str, config: RunConfig, is_trainer: bool) -> dict[str, s
         env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         if not (is_trainer and config.trainer.compile):
             env["TORCHDYNAMO_DISABLE"] = "1"
-        if engine.tensor_parallel == 1:
+        if engine.workers == 1:
             env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the worker runs inside the engine core's process
         else:
             env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else every worker wants a NUMA node of its own

@@ -47,6 +47,7 @@ class _Host:
         _log_to(Path(log_path))
         end_with_parent(also=agents_of_raylet())
         answer_stack_requests(Path(log_path).parent / STACKS, Path(log_path).stem)
+        _talk_over_the_nodes_interface()
         if cores is not None:  # before the threads of torch and vLLM
             pin_this_process(cores)
         module, _, name = target.partition(":")
@@ -199,6 +200,14 @@ class RemoteWorker:
             raise WorkerDied(f"{self.name}: its process died during {method}; see {self._log_path}") from error
         except TimeoutError:
             raise Stalled(f"{self.name}: {method} took more than {timeout_s:g} s; see {self._log_path}") from None
+
+
+def _talk_over_the_nodes_interface() -> None:
+    """Have gloo use the network interface that carries the node's address, not what the host name happens to mean."""
+    address = ray.util.get_node_ip_address()
+    for interface, addresses in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
 def _log_to(path: Path) -> None:

@@ -124,17 +124,24 @@ class TrainerGroup:
 
     async def listen(self, backend: str) -> dict[str, Any]:
         """Open the weight transport on rank 0."""
-        (found,) = await self._together([self._ranks[0].call("listen", backend, self._address)])
-        return dict(found)
+        return dict(await self._transport("listen", backend, self._address))
 
     async def connect_weights(self, world_size: int) -> dict[str, Any]:
         """Wait on rank 0 for the engines; returns the manifest."""
-        (manifest,) = await self._together([self._ranks[0].call("connect", world_size)])
-        return dict(manifest)
+        return dict(await self._transport("connect", world_size))
 
-    async def send_weights(self) -> dict[str, float]:
-        """Broadcast the weights from rank 0."""
-        return dict(await self._from_rank_0("send_weights"))
+    async def send_weights(self, transmission: int) -> dict[str, Any]:
+        """Send the weights from rank 0."""
+        return dict(await self._from_rank_0("send_weights", transmission, timeout_s=self._config.step_timeout_s))
+
+    async def resend_weights(self, transmission: int) -> None:
+        """Send from rank 0 what was sent last."""
+        await self._transport("resend_weights", transmission)
+
+    async def _transport(self, method: str, *args: Any) -> Any:
+        """Rank 0 may be in a step, for which these wait."""
+        call = self._ranks[0].call(method, *args, timeout_s=self._config.step_timeout_s)
+        return (await self._together([call]))[0]
 
     async def nudge(self) -> None:
         """Exchange the weights of all ranks for a probe's second set, or the second set for the weights."""

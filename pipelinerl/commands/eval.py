@@ -22,13 +22,16 @@ def main(arguments: list[str]) -> int:
     if {"--help", "-h"} & options.keys():
         say(_help())
         return EXIT_DONE
+    from pipelinerl.cluster.fit import require_fit
+    from pipelinerl.cluster.placement import Demand
     from pipelinerl.config.load import load_config
     from pipelinerl.config.preflight import preflight
 
     config = _of_run(options["--checkpoint"], overrides) if "--checkpoint" in options else load_config(overrides)
     # Whether training had an engine for evaluations makes no difference: here all engines evaluate.
     config = config.model_copy(update={"eval": config.eval.model_copy(update={"engine": "shared"})})
-    preflight(config, trainer=False)
+    preflight(config)
+    require_fit(config, Demand.of(config, trainer=False))
     from pipelinerl.appraise import appraise
 
     return appraise(config)

@@ -16,6 +16,7 @@ def main(arguments: list[str]) -> int:
     if {"--help", "-h"} & options.keys():
         say(_help())
         return EXIT_DONE
+    from pipelinerl.cluster.fit import require_fit
     from pipelinerl.config.load import load_config
     from pipelinerl.config.preflight import preflight
     from pipelinerl.parity.ablation import cases_named
@@ -23,6 +24,7 @@ def main(arguments: list[str]) -> int:
     cases = cases_named(options["--ablate"]) if "--ablate" in options else ()
     config = load_config(overrides)
     preflight(config)
+    require_fit(config)
     from pipelinerl.examine import examine
 
     return examine(config, cases, bisect="--bisect" in options)

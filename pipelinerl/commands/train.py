@@ -39,14 +39,16 @@ def _train(overrides: list[str], dry_run: bool) -> int:
 
     config = load_config(overrides)
     if dry_run:
-        from pipelinerl.config.plan import plan, render
+        from pipelinerl.commands.plan import show_plan
 
-        say(render(plan(config)))
+        show_plan(config)
         return EXIT_DONE
 
+    from pipelinerl.cluster.fit import require_fit
     from pipelinerl.config.preflight import preflight
 
     preflight(config)
+    require_fit(config)
     from pipelinerl.run import run
 
     return run(config)

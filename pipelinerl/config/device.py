@@ -32,23 +32,39 @@ def resolve_device(config: RunConfig, gpus: int | None = None) -> Device:
     return "cuda" if (gpu_count() if gpus is None else gpus) else "cpu"
 
 
-def resolve_backend(config: RunConfig, device: Device) -> Literal["gloo", "nccl"]:
-    """`weights.backend` with `auto` decided: nccl between GPUs, gloo on CPU."""
+def resolve_backend(config: RunConfig, device: Device, shares_gpu: bool = False) -> Literal["gloo", "nccl", "ipc"]:
+    """`weights.backend` with `auto` decided: gloo on CPU, nccl between GPUs, ipc where trainer and engine share one."""
     if config.weights.backend != "auto":
         return config.weights.backend
-    return "nccl" if device == "cuda" else "gloo"
+    if device == "cpu":
+        return "gloo"
+    return "ipc" if shares_gpu else "nccl"
 
 
 def gpus_needed(config: RunConfig, trainer: bool = True) -> int:
-    """GPUs of a run on cuda: every engine and every trainer rank has its own."""
-    return config.engines * config.engine.tensor_parallel + config.trainer.ranks * trainer
+    """GPUs of a run on cuda where every engine worker and every trainer rank has its own."""
+    return config.engines * config.engine.workers + config.trainer.ranks * trainer
+
+
+def gpu_memory() -> int | None:
+    """Bytes of the smallest GPU that the driver lists; None when it does not say."""
+    lines = _nvidia_smi("--query-gpu=memory.total", "--format=csv,noheader,nounits") or []
+    sizes = [int(line) for line in lines if line.strip().isdigit()]
+    return min(sizes) * 2**20 if sizes else None
 
 
 def _installed_gpus() -> int:
-    tool = shutil.which("nvidia-smi")
-    if tool is not None:
-        listing = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=30, check=False)
-        if listing.returncode == 0:
-            return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+    listing = _nvidia_smi("-L")
+    if listing is not None:
+        return sum(line.startswith("GPU ") for line in listing)
     driver = Path("/proc/driver/nvidia/gpus")
     return len(list(driver.iterdir())) if driver.is_dir() else 0
+
+
+def _nvidia_smi(*arguments: str) -> list[str] | None:
+    """The lines it prints; None when it is not there or fails."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    done = subprocess.run([tool, *arguments], capture_output=True, text=True, timeout=30, check=False)
+    return done.stdout.splitlines() if done.returncode == 0 else None

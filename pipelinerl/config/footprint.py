@@ -18,20 +18,36 @@ BYTES = {"bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True, slots=True)
+class Shape:
+    """A decoder as its config.json describes it."""
+
+    layers: int
+    hidden: int
+    mlp: int  # inner width, of one expert where there are several
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+
+
+@dataclass(frozen=True, slots=True)
 class Footprint:
-    """Bytes, except `parameters`. Activations, logits and framework overhead come on top."""
+    """Bytes, except `parameters`. What is computed with them comes on top; see memory.py."""
 
     parameters: int
-    engine_weights: int  # one copy, over the GPUs of one engine
-    kv_per_token: int | None  # None: config.json does not describe plain attention
+    shape: Shape | None  # None: config.json does not describe a plain decoder
+    engine_weights: int  # one copy, over the workers of one engine
+    kv_per_token: int | None  # over the workers of one engine; None as for `shape`
     trainer_weights: int  # per rank
     trainer_gradients: int  # per rank
     trainer_optimizer: int  # per rank
+    reference: int  # per rank, the frozen copy of a KL term; 0 without one
+    trained: int  # parameters with a gradient, over all ranks
 
     @property
     def trainer_total(self) -> int:
-        """Per rank."""
-        return self.trainer_weights + self.trainer_gradients + self.trainer_optimizer
+        """Per rank, wherever it is kept."""
+        return self.trainer_weights + self.trainer_gradients + self.trainer_optimizer + self.reference
 
 
 def footprint(config: RunConfig) -> Footprint | None:
@@ -40,22 +56,43 @@ def footprint(config: RunConfig) -> Footprint | None:
     Raises: EnvironmentProblem for a damaged config.json or safetensors file.
     """
     directory = Path(config.model.path)
-    files = sorted(directory.glob("model*.safetensors"))
-    if not files or not (directory / "config.json").is_file():
+    shapes = _tensors(directory)
+    if shapes is None:
         return None
-    shapes = {name: shape for file in files for name, shape in _shapes(file).items()}
     parameters = sum(map(math.prod, shapes.values()))
     adapters = _adapters(shapes, config.trainer.lora)
     trained = adapters or parameters
     weights, gradients, optimizer = _trainer_bytes(config.model.dtype, config.trainer)
+    shape = _shape(_json(directory / "config.json"))
+    width = BYTES[config.model.dtype]
     return Footprint(
         parameters=parameters,
-        engine_weights=parameters * BYTES[config.model.dtype],
-        kv_per_token=_kv_per_token(_json(directory / "config.json"), config.model.dtype),
+        shape=shape,
+        engine_weights=parameters * width,
+        kv_per_token=None if shape is None else 2 * shape.layers * shape.kv_heads * shape.head_dim * width,
         trainer_weights=round((parameters + adapters) * weights),
         trainer_gradients=round(trained * gradients),
         trainer_optimizer=round(trained * optimizer),
+        reference=_reference(config, parameters) * width,
+        trained=trained,
     )
+
+
+def _tensors(directory: Path) -> dict[str, list[int]] | None:
+    """Shapes of all tensors of a model directory; None when it is not one."""
+    files = sorted(directory.glob("model*.safetensors"))
+    if not files or not (directory / "config.json").is_file():
+        return None
+    return {name: shape for file in files for name, shape in _shapes(file).items()}
+
+
+def _reference(config: RunConfig, parameters: int) -> int:
+    """Parameters of the reference policy, which every rank holds whole; that of a model not here counts as ours."""
+    kl = config.algo.kl
+    if not kl.on:
+        return 0
+    shapes = None if kl.reference is None else _tensors(Path(kl.reference))
+    return parameters if shapes is None else sum(map(math.prod, shapes.values()))
 
 
 def _adapters(shapes: dict[str, list[int]], config: LoraConfig) -> int:
@@ -72,24 +109,33 @@ def _adapters(shapes: dict[str, list[int]], config: LoraConfig) -> int:
 def _trainer_bytes(dtype: Dtype, config: TrainerConfig) -> tuple[float, float, float]:
     """Bytes per parameter of weights, gradients and optimizer on one rank (ZeRO, 1910.02054).
 
-    Gradients are accumulated in fp32. The optimizer holds an fp32 copy of the weights and Adam's two moments. The ranks
-    divide the optimizer from stage 1 on, the gradients from 2 on, the weights from 3 on.
+    Gradients are accumulated in fp32. The optimizer holds an fp32 copy of the weights, but for stage 0 in fp32, which
+    has the weights themselves, and two moments (Adam) or one (SGD with momentum). The ranks divide the optimizer from
+    stage 1 on, the gradients from 2 on, the weights from 3 on.
     """
     stage, ranks = config.zero_stage, config.ranks
-    weights, gradients, optimizer = float(BYTES[dtype]), 4.0, 12.0
+    copy = 0.0 if stage == 0 and dtype == "float32" else 4.0
+    moments = 8.0 if config.optimizer != "sgd" else 4.0 if config.betas[0] else 0.0
+    weights, gradients, optimizer = float(BYTES[dtype]), 4.0, copy + moments
     shares = [ranks if stage >= first else 1 for first in (3, 2, 1)]
     return weights / shares[0], gradients / shares[1], optimizer / shares[2]
 
 
-def _kv_per_token(model: dict[str, Any], dtype: Dtype) -> int | None:
-    """Keys and values of one token over all layers."""
+def _shape(model: dict[str, Any]) -> Shape | None:
+    """None when a number is missing that a plain decoder has."""
     try:
-        heads = model["num_attention_heads"]
-        head_dim = model.get("head_dim") or model["hidden_size"] // heads
-        layers = model["num_hidden_layers"]
+        heads, hidden = model["num_attention_heads"], model["hidden_size"]
+        return Shape(
+            layers=model["num_hidden_layers"],
+            hidden=hidden,
+            mlp=model["intermediate_size"],
+            heads=heads,
+            kv_heads=model.get("num_key_value_heads") or heads,
+            head_dim=model.get("head_dim") or hidden // heads,
+            vocabulary=model["vocab_size"],
+        )
     except KeyError:
         return None
-    return int(2 * layers * model.get("num_key_value_heads", heads) * head_dim * BYTES[dtype])
 
 
 def _shapes(file: Path) -> dict[str, list[int]]:

@@ -1,11 +1,10 @@
-"""What a configuration comes to, before anything is started: `pipelinerl train --dry-run`."""
+"""What a configuration comes to, before anything is started. `pipelinerl plan` shows it with the hardware."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelinerl.config.device import Device, gpu_count, gpus_needed, resolve_backend, resolve_device
-from pipelinerl.config.footprint import Footprint, footprint
+from pipelinerl.config.quantity import in_bytes
 from pipelinerl.config.schema import Coefficient, EngineConfig, JsonlTask, RunConfig
 
 
@@ -23,10 +22,7 @@ class Plan:
     """Quantities derived from a configuration. Token counts are upper bounds, lag is in optimizer steps."""
 
     config: RunConfig
-    device: Device
     backend: str
-    gpus_needed: int  # 0 on CPU
-    gpus_here: int
     samples_per_step: int
     sampled_tokens_per_step: int
     tokens_per_step: int  # prompts included
@@ -35,24 +31,15 @@ class Plan:
     groups_in_flight: int
     eval_versions: tuple[int, ...]
     parity: tuple[ParityFix, ...]
-    footprint: Footprint | None
 
 
-def plan(config: RunConfig, gpus: int | None = None) -> Plan:
-    """Derive the plan; reads the local model directory's headers, starts nothing. `gpus` replaces what is found here.
-
-    Raises: EnvironmentProblem when the model directory is there but damaged.
-    """
-    gpus = gpu_count() if gpus is None else gpus
-    device = resolve_device(config, gpus)
+def plan(config: RunConfig, backend: str) -> Plan:
+    """Derive the plan, where weights travel by `backend`."""
     samples = config.batch.groups_per_step * config.batch.group_size
     lag = config.async_.lag_bound
     return Plan(
         config=config,
-        device=device,
-        backend=resolve_backend(config, device),
-        gpus_needed=gpus_needed(config) if device == "cuda" else 0,
-        gpus_here=gpus,
+        backend=backend,
         samples_per_step=samples,
         sampled_tokens_per_step=samples * config.sampling.max_tokens,
         tokens_per_step=samples * config.engine.max_model_len,
@@ -61,7 +48,6 @@ def plan(config: RunConfig, gpus: int | None = None) -> Plan:
         groups_in_flight=(lag + 1) * config.batch.groups_per_step,
         eval_versions=eval_versions(config),
         parity=parity_fixes(config),
-        footprint=footprint(config),
     )
 
 
@@ -107,24 +93,15 @@ def _kv_policy(engine: EngineConfig) -> str:
     return engine.kv_policy if engine.kv_max_lag is None else f"{engine.kv_policy} {engine.kv_max_lag}"
 
 
-def render(plan: Plan) -> str:
-    """The plan as text for a person."""
-    lines = [f"plan of {plan.config.name} (nothing is started)"]
-    for title, rows in _tables(plan):
-        lines += ["", title, *(f"  {label:<22} {value}" for label, value in rows)]
-    return "\n".join(lines)
-
-
 Rows = list[tuple[str, str]]
 
 
-def _tables(plan: Plan) -> Iterator[tuple[str, Rows]]:
+def tables(plan: Plan) -> Iterator[tuple[str, Rows]]:
+    """Titles, and rows of a label and a text."""
     yield "run", _run_rows(plan)
     yield "each step", _step_rows(plan)
     yield "objective", _objective_rows(plan.config)
     yield "asynchrony", _lag_rows(plan)
-    yield "who sits where", _device_rows(plan)
-    yield "memory (without activations)", _memory_rows(plan)
     yield "parity", [(fix.name, f"{'in force' if fix.in_force else 'OFF':<9} {fix.settings}") for fix in plan.parity]
 
 
@@ -151,7 +128,7 @@ def _recorded(plan: Plan) -> str:
     if not plan.config.journal.batches:
         return "none (journal.batches=false): the run cannot be replayed"
     most = 4 * plan.tokens_per_step + 4 * plan.sampled_tokens_per_step
-    return f"at most {_size(most)} a step, never pruned (4 bytes a token, 4 more a sampled one)"
+    return f"at most {in_bytes(most)} a step, never pruned (4 bytes a token, 4 more a sampled one)"
 
 
 def _checkpoints(config: RunConfig) -> str:
@@ -227,52 +204,6 @@ def _lag_rows(plan: Plan) -> Rows:
         ("groups in flight", f"at most {plan.groups_in_flight:,} = (lag + 1) x {config.batch.groups_per_step}"),
         ("decoding together", f"at most {min(slots, in_flight):,} sequences, the engines have {slots:,} slots"),
     ]
-
-
-def _device_rows(plan: Plan) -> Rows:
-    config = plan.config
-    engines, width, ranks = config.engine.count, config.engine.tensor_parallel, config.trainer.ranks
-    if plan.device == "cpu":
-        return [
-            ("device", "cpu"),
-            ("engines", f"{engines} process(es) of {width} core group(s), vLLM's CPU build"),
-            ("trainer", f"{ranks} rank(s), gloo"),
-        ]
-    local = config.cluster.address == "local"
-    here = f"this machine has {plan.gpus_here}" if local else "of the cluster that is joined"
-    return [
-        ("device", "cuda"),
-        ("engines", f"{engines} x TP {width} = {engines * width} GPU(s)"),
-        ("trainer", f"{ranks} rank(s) = {ranks} GPU(s), ZeRO {config.trainer.zero_stage}"),
-        ("GPUs needed", f"{plan.gpus_needed}; {here}"),
-    ]
-
-
-def _memory_rows(plan: Plan) -> Rows:
-    size = plan.footprint
-    if size is None:
-        return [("parameters", f"unknown: model not local ({plan.config.model.path})")]
-    cache = plan.config.engine.kv_cache_mb
-    rows = [
-        ("parameters", f"{size.parameters:,}"),
-        ("an engine", f"weights {_size(size.engine_weights)}, over {plan.config.engine.tensor_parallel} device(s)"),
-        ("KV cache", f"{_size(size.kv_per_token)} a token" if size.kv_per_token else "unknown"),
-        (
-            "a trainer rank",
-            f"{_size(size.trainer_total)} = weights {_size(size.trainer_weights)} + gradients "
-            f"{_size(size.trainer_gradients)} + optimizer {_size(size.trainer_optimizer)}",
-        ),
-    ]
-    if cache and size.kv_per_token:
-        rows[2] = ("KV cache", f"{rows[2][1]}; {cache} MB hold {cache * 2**20 // size.kv_per_token:,} tokens")
-    return rows
-
-
-def _size(count: int) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count} B"
 
 
 def _on(value: bool) -> str:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipelinerl.config.device import Device, gpu_count, gpus_needed, resolve_device
+from pipelinerl.config.device import resolve_device
 from pipelinerl.config.schema import JsonlTask, RunConfig
 from pipelinerl.errors import DataError, EnvironmentProblem
 
@@ -10,15 +10,15 @@ from pipelinerl.errors import DataError, EnvironmentProblem
 TINY_MODELS = {"sort": "tiny", "sort_scratchpad": "tiny_scratchpad", "sort_wide": "tiny_wide"}
 
 
-def preflight(config: RunConfig, trainer: bool = True) -> None:
-    """Check model, data and devices; without `trainer`, of a command that starts engines only.
+def preflight(config: RunConfig) -> None:
+    """Check model and data, and what depends on the device. Whether there is room is checked by cluster/fit.py.
 
-    Raises: EnvironmentProblem for a missing model directory or missing GPUs, DataError for a missing data file.
+    Raises: EnvironmentProblem for a missing model directory, DataError for a missing data file.
     """
     _model_is_there(config)
     _data_is_there(config)
-    gpus = gpu_count()
-    _devices_suffice(config, resolve_device(config, gpus), gpus, trainer)
+    if config.engine.kv_cache_mb is None and config.cluster.address == "local" and resolve_device(config) == "cpu":
+        raise EnvironmentProblem("engine.kv_cache_mb=null on CPU: the size must be given; use engine=cpu")
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -31,6 +31,14 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         eval_path = None if task.eval_path is None else str(Path(task.eval_path).resolve())
         task = task.model_copy(update={"path": str(Path(task.path).resolve()), "eval_path": eval_path})
     return config.model_copy(update={"model": model, "task": task})
+
+
+def local_inputs(config: RunConfig) -> list[str]:
+    """Paths that every node must see, of a configuration with absolute ones."""
+    task = config.task
+    data = [task.path, task.eval_path] if isinstance(task, JsonlTask) else []
+    paths = [config.model.path, config.algo.kl.reference if config.algo.kl.on else None, *data]
+    return [path for path in paths if path is not None and path.startswith("/")]
 
 
 def _model_is_there(config: RunConfig) -> None:
@@ -60,16 +68,3 @@ def _data_is_there(config: RunConfig) -> None:
     for key, path in (("task.path", config.task.path), ("task.eval_path", config.task.eval_path)):
         if path is not None and not Path(path).is_file():
             raise DataError(f"{key}={path}: no such file (from {Path.cwd()}); set {key}=FILE (JSON lines)")
-
-
-def _devices_suffice(config: RunConfig, device: Device, gpus: int, trainer: bool) -> None:
-    if device == "cpu":
-        if config.engine.kv_cache_mb is None:
-            raise EnvironmentProblem("engine.kv_cache_mb=null on CPU: the size must be given; use engine=cpu")
-    elif config.cluster.address == "local" and gpus < (needed := gpus_needed(config, trainer)):
-        engines = "(engine.count + 1 to evaluate)" if config.engines > config.engine.count else "engine.count"
-        ranks = " + trainer.ranks" if trainer else ""
-        raise EnvironmentProblem(
-            f"{needed} GPUs needed ({engines} x engine.tensor_parallel{ranks}), "
-            f"this machine has {gpus}; lower them, or join a cluster with cluster=ray"
-        )

@@ -447,7 +447,8 @@ class EngineConfig(Section):
     """
 
     count: PositiveInt = Field(1, description="engines")
-    tensor_parallel: PositiveInt = 1
+    tensor_parallel: PositiveInt = Field(1, description="workers that share every layer of an engine")
+    pipeline_parallel: PositiveInt = Field(1, description="workers that share the layers of an engine; GPU only")
     max_model_len: PositiveInt = Field(4096, description="prompt and completion together, tokens")
     max_num_seqs: PositiveInt = Field(256, description="sequences that decode together")
     max_num_batched_tokens: PositiveInt = Field(8192, description="tokens in one engine step")
@@ -513,6 +514,11 @@ class EngineConfig(Section):
             )
         return self
 
+    @property
+    def workers(self) -> int:
+        """Processes of one engine that hold a part of the model, each with a GPU of its own where there are GPUs."""
+        return self.tensor_parallel * self.pipeline_parallel
+
 
 class LoraConfig(Section):
     """Low-rank adapters through peft instead of full weights; merged into the weights that engines get."""
@@ -566,7 +572,9 @@ class TrainerConfig(Section):
 class WeightsConfig(Section):
     """How and when new weights reach the engines."""
 
-    backend: Literal["auto", "gloo", "nccl"] = Field("auto", description="auto: gloo on CPU, nccl on GPU")
+    backend: Literal["auto", "gloo", "nccl", "ipc"] = Field(
+        "auto", description="auto: gloo on CPU, nccl between GPUs, ipc where trainer and engine share the only GPU"
+    )
     every: PositiveInt = Field(1, description="optimizer steps between two updates")
     sync_mode: Literal["overlap", "blocking"] = Field(
         "overlap",
@@ -574,7 +582,11 @@ class WeightsConfig(Section):
         "engines serve them",
     )
     bucket_mb: PositiveInt = Field(256, description="size of one broadcast")
-    timeout_s: PositiveFloat = Field(120.0, description="for one whole update")
+    shared_memory: bool = Field(
+        True, description="gloo: engines of the trainer's node map the copy it sends from; false: broadcast to each"
+    )
+    timeout_s: PositiveFloat = Field(120.0, description="for one attempt at an update")
+    attempts: PositiveInt = Field(3, description="at an update, each without the engines that died in the one before")
 
 
 class AsyncConfig(Section):
@@ -648,6 +660,7 @@ class ClusterConfig(Section):
     pin_cores: bool = Field(
         False, description="CPU only, local cluster only: each engine and each trainer rank on cores of its own"
     )
+    placement_timeout_s: PositiveFloat = Field(60.0, description="to wait for room for all processes (else exit 3)")
     stall_timeout_s: PositiveFloat = Field(3600.0, description="stop (exit 4) when nothing finished for so long")
 
 
@@ -814,8 +827,16 @@ def _contradictions(config: RunConfig) -> "list[str]":
             f"engine.max_num_batched_tokens={config.engine.max_num_batched_tokens} is smaller than "
             f"engine.max_num_seqs={config.engine.max_num_seqs}"
         )
-    if config.cluster.device == "cpu" and config.weights.backend == "nccl":
-        found.append("weights.backend=nccl needs GPUs, cluster.device=cpu has none; use weights.backend=auto")
+    if config.cluster.device == "cpu" and config.weights.backend in ("nccl", "ipc"):
+        found.append(
+            f"weights.backend={config.weights.backend} needs GPUs, cluster.device=cpu has none; "
+            "use weights.backend=auto"
+        )
+    if config.cluster.device == "cpu" and config.engine.pipeline_parallel > 1:
+        found.append(
+            f"engine.pipeline_parallel={config.engine.pipeline_parallel} with cluster.device=cpu: the CPU engine has "
+            "no pipeline stages; use engine.pipeline_parallel=1, and tensor_parallel to use more cores"
+        )
     if config.cluster.device == "cuda" and config.weights.backend == "gloo":
         found.append("weights.backend=gloo is the CPU transport, cluster.device=cuda wants nccl; use backend=auto")
     if config.cluster.device == "cpu":

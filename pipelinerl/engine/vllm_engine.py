@@ -4,21 +4,16 @@ The four parity fixes are arguments here, nothing is left to a default of vLLM's
 back and compared before the first token is sampled (`resolved_settings`, `check_settings`).
 
 Versions: the engine labels every sampled token with the version of its weights. The label changes only while
-generation is paused, so the spans of a completion are exact. An update has two halves, `update_weights` and `commit`:
-between them the weights are loaded and generation stands still, until the canary has verified them.
+generation is paused, so the spans of a completion are exact. Updates are in weight_update.py.
 """
 
 import itertools
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from vllm import SamplingParams
 from vllm.config import VllmConfig
-from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs import tokens_input
 from vllm.logprobs import FlatLogprobs
@@ -30,11 +25,12 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from pipelinerl.config.schema import EngineConfig, RunConfig
 from pipelinerl.engine.hidden_states import hidden_states
 from pipelinerl.engine.kv_policy import KVPolicy
-from pipelinerl.errors import ParityError, WeightSyncError, WorkerDied, first_line
+from pipelinerl.engine.weight_update import PausedUpdate, StagedUpdate, Update
+from pipelinerl.errors import ParityError, WorkerDied
 from pipelinerl.types import Completion, FloatArray, VersionSpan
+from pipelinerl.weights.ipc import NAME as IPC
 
 WORKER_EXTENSION = "pipelinerl.engine.extension.WorkerExtension"
-NAMED = 3  # parameters that a failed update names; the others are counted
 
 
 def engine_args(config: RunConfig, backend: str, seed: int) -> AsyncEngineArgs:
@@ -47,8 +43,9 @@ def engine_args(config: RunConfig, backend: str, seed: int) -> AsyncEngineArgs:
         trust_remote_code=False,
         seed=seed,
         tensor_parallel_size=engine.tensor_parallel,
+        pipeline_parallel_size=engine.pipeline_parallel,
         # Inside a Ray actor vLLM would have Ray place the workers; they belong beside it, on the GPUs of its bundle.
-        distributed_executor_backend="mp" if engine.tensor_parallel > 1 else None,
+        distributed_executor_backend="mp" if engine.workers > 1 else None,
         max_model_len=engine.max_model_len,
         max_num_seqs=engine.max_num_seqs,
         max_num_batched_tokens=engine.max_num_batched_tokens,
@@ -63,7 +60,7 @@ def engine_args(config: RunConfig, backend: str, seed: int) -> AsyncEngineArgs:
         enable_chunked_prefill=engine.chunked_prefill,
         scheduling_policy="fcfs",
         generation_config=engine.generation_config,
-        weight_transfer_config={"backend": backend},
+        weight_transfer_config={"backend": IPC if backend == "ipc" else backend},
         worker_extension_cls=WORKER_EXTENSION,
         disable_log_stats=True,
     )
@@ -83,6 +80,7 @@ def resolved_settings(config: VllmConfig) -> dict[str, Any]:
         "max_num_seqs": config.scheduler_config.max_num_seqs,
         "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
         "tensor_parallel": config.parallel_config.tensor_parallel_size,
+        "pipeline_parallel": config.parallel_config.pipeline_parallel_size,
         "enforce_eager": bool(config.model_config.enforce_eager),
         "seed": config.model_config.seed,
         "v2_model_runner": bool(config.use_v2_model_runner),
@@ -101,27 +99,16 @@ def check_settings(asked: RunConfig, resolved: Mapping[str, Any]) -> None:
         raise ParityError("vLLM did not take the settings as given: " + "; ".join(wrong))
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """An update that waits for its commit, and the seconds it took so far."""
-
-    version: int
-    drain_s: float
-    transfer_s: float
-    canary_s: float
-
-
 class VllmEngine:
     """One engine. All methods belong to one event loop."""
 
-    def __init__(self, llm: AsyncLLM, settings: dict[str, Any], config: EngineConfig, canary: bool, index: int):
+    def __init__(
+        self, llm: AsyncLLM, settings: dict[str, Any], config: EngineConfig, canary: bool, index: int, backend: str
+    ):
         self._llm = llm
         self._config = config
-        self._canary = canary
         self._index = index
-        self._paused_at: float | None = None
-        self._loaded: Loaded | None = None
-        self._not_read_back: set[str] = set()
+        self._update: Update = (StagedUpdate if backend == "gloo" else PausedUpdate)(llm, config, canary, index)
         self._request_ids = itertools.count()
         self._kv = KVPolicy(config.kv_policy, config.kv_max_lag)
         self.settings = settings
@@ -134,7 +121,7 @@ class VllmEngine:
         settings = resolved_settings(vllm_config)
         check_settings(config, settings)
         llm = AsyncLLM.from_vllm_config(vllm_config, disable_log_stats=True)  # not read from the arguments here
-        engine = cls(llm, settings, config.engine, config.parity.canary, index)
+        engine = cls(llm, settings, config.engine, config.parity.canary, index, backend)
         await engine._llm.update_weight_version("0")
         await engine._llm.collective_rpc("discarded_tokens_draw_nothing")
         return engine
@@ -178,96 +165,37 @@ class VllmEngine:
         assert outputs and outputs[-1].finished, request_id
         return _completion(outputs[-1].outputs[0], with_argmax, self._kv.made_anew)
 
+    async def locate(self, segment: dict[str, Any] | None) -> list[str]:
+        """The memory [worker] that each worker can map; see StagedUpdates.weights_locate."""
+        return list(await self._llm.collective_rpc("weights_locate", args=(segment,)))
+
     async def connect(self, init_info: dict[str, Any]) -> None:
-        """Join the weight transport; returns when all members have."""
-        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info))
+        """Join the weight transport; returns when all members have. Raises WeightSyncError."""
+        await self._update.connect(init_info)
+
+    async def disconnect(self) -> None:
+        """Leave the weight transport."""
+        await self._update.disconnect()
 
     async def update_weights(self, update_info: dict[str, Any], version: int) -> dict[str, float]:
-        """Take over the weights that the trainer is sending, in the middle of running sequences.
+        """Take the weights that the trainer sends, in the middle of running sequences; `commit` puts them in force.
 
-        Pause, receive, load. The engine stays paused until `commit`. Returns the seconds of each phase. Raises
-        WeightSyncError when the update does not complete.
+        Returns the seconds of each phase. Raises WeightSyncError, or WorkerDied when the engine is gone.
         """
-        start = time.perf_counter()
-        self._paused_at = self._paused_at or start  # an update before this one may have failed
-        self._loaded = None
-        with self._errors_of_update(version):
-            await self._llm.pause_generation(mode=self._config.update_pause, clear_cache=False)
-            paused = time.perf_counter()
-            if self._canary:
-                await self._llm.collective_rpc("canary_begin", args=(version,))
-            begun = time.perf_counter()
-            await self._llm.start_weight_update()
-            await self._llm.update_weights(WeightTransferUpdateRequest(update_info))
-            await self._llm.finish_weight_update(str(version))
-            await self._apply_kv_policy(version)
-        drain_s, transfer_s, canary_s = paused - start, time.perf_counter() - begun, begun - paused
-        self._loaded = Loaded(version, drain_s, transfer_s, canary_s)
-        return {"drain_s": drain_s, "transfer_s": transfer_s}
-
-    async def _apply_kv_policy(self, version: int) -> None:
-        """While paused, with the weights of `version` loaded: have old KV made anew, if the policy says so.
-
-        Raises WeightSyncError when vLLM did not drop all of it.
-        """
-        await self._kv.apply(self._llm, version)
+        return await self._update.receive(update_info, version)
 
     async def commit(self, version: int, names: Sequence[str], digests: Sequence[int]) -> dict[str, float]:
-        """Verify the loaded weights against the trainer's `digests` of the parameters `names`, then resume.
+        """Verify them against the trainer's `digests` of the parameters `names`, and serve `version`.
 
-        Raises WeightSyncError, and stays paused, when a parameter is not what was sent. Without the canary it only
-        resumes. Returns seconds: `pause_s` is how long generation stood still, and in it `drain_s`, `transfer_s` and
-        `canary_s` (recording and verifying); and `params_read_back`, the fraction of parameters that were verified in
-        what the engine computes with, and not only on their arrival.
+        Raises WeightSyncError when a parameter is not what was sent, or KV that engine.kv_policy has made anew was
+        not dropped. Without the canary nothing is verified. Returns
+        seconds: `pause_s` is how long generation stood still; with the canary also `params_read_back`, the fraction of
+        parameters that were verified in what the engine computes with, and not only on their arrival.
         """
-        loaded, self._loaded = self._loaded, None
-        assert loaded is not None and loaded.version == version, "update_weights comes first"
-        assert self._paused_at is not None
-        times = {"drain_s": loaded.drain_s, "transfer_s": loaded.transfer_s}
-        if self._canary:
-            start = time.perf_counter()
-            recording_s, read_back = await self._verify(version, list(names), list(digests))
-            times["canary_s"] = loaded.canary_s + recording_s + time.perf_counter() - start
-            times["transfer_s"] -= recording_s
-            times["params_read_back"] = read_back
-        self.version = version
-        await self._llm.resume_generation()
-        times["pause_s"] = time.perf_counter() - self._paused_at
-        self._paused_at = None
-        return times
-
-    async def _verify(self, version: int, names: list[str], digests: list[int]) -> tuple[float, float]:
-        """Seconds that recording took, and the fraction of parameters read back. Raises WeightSyncError."""
-        with self._errors_of_update(version):
-            ranks = await self._llm.collective_rpc("canary_check", args=(names, digests))
-        if wrong := _wrong_on_any([found["wrong"] for found in ranks]):
-            more = [f"and {len(wrong) - NAMED} more"] if len(wrong) > NAMED else []
-            raise WeightSyncError(
-                f"engine {self._index}: version {version} did not pass verification and the engine stays paused; "
-                f"inference path: {'; '.join(wrong[:NAMED] + more)}"
-            )
-        not_read_back = {name for found in ranks for name in found["not_read_back"]}
-        if not_read_back - self._not_read_back:
-            self._not_read_back = not_read_back
-            print(  # into its log file
-                f"engine {self._index}: the canary verifies the arrival of {len(not_read_back)} of {len(names)} "
-                f"parameters but cannot read them back: {', '.join(sorted(not_read_back))}",
-                flush=True,
-            )
-        return max(found["seconds"] for found in ranks), 1 - len(not_read_back) / max(len(names), 1)
-
-    @contextmanager
-    def _errors_of_update(self, version: int) -> Iterator[None]:
-        """Whatever vLLM raises in an update, as our own error."""
-        try:
-            yield
-        except EngineDeadError as error:
-            raise self._died() from error
-        except Exception as error:
-            raise WeightSyncError(
-                f"engine {self._index}: the update to version {version} did not complete and the engine stays "
-                f"paused: {type(error).__name__}: {first_line(error)}"
-            ) from error
+        times = await self._update.commit(version, names, digests)
+        await self._kv.apply(self._llm, version)
+        self.version = version  # before a request can start
+        return times | await self._update.resume()
 
     async def heartbeat(self) -> None:
         """Return when the engine core has been around the loop in which it samples, and every worker has answered it.
@@ -293,16 +221,6 @@ class VllmEngine:
 
     def _died(self) -> WorkerDied:
         return WorkerDied(f"engine {self._index}: its vLLM core process died; see logs/engine_{self._index}.log")
-
-
-def _wrong_on_any(ranks: Sequence[Mapping[str, str]]) -> list[str]:
-    """A line for every parameter that is wrong on a tensor-parallel rank, from what the ranks found."""
-    lines: dict[str, str] = {}
-    for rank, wrong in enumerate(ranks):
-        for name, what in wrong.items():
-            everywhere = all(name in other for other in ranks)
-            lines.setdefault(name, f"{name} {what}" + ("" if everywhere else f" on rank {rank}"))
-    return list(lines.values())
 
 
 def _completion(

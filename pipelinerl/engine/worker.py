@@ -71,12 +71,20 @@ class RolloutWorker:
         size, temperature = self._config.batch.group_size, self._config.sampling.temperature
         return await self._group("probe", group_id, problem, size, temperature, max_tokens, with_argmax=True)
 
+    async def locate(self, segment: dict[str, Any] | None) -> list[str]:
+        """The memory that each of the engine's workers shares; see VllmEngine.locate."""
+        return await self._engine.locate(segment)
+
     async def connect(self, init_info: dict[str, Any]) -> None:
         """Join the weight transport."""
         await self._engine.connect(init_info)
 
+    async def disconnect(self) -> None:
+        """Leave the weight transport."""
+        await self._engine.disconnect()
+
     async def update_weights(self, update_info: dict[str, Any], version: int) -> dict[str, float]:
-        """Receive the weights of `version` and stay paused; see VllmEngine.update_weights."""
+        """Receive the weights of `version`; see VllmEngine.update_weights."""
         return await self._engine.update_weights(update_info, version)
 
     async def commit(self, version: int, names: list[str], digests: list[int]) -> dict[str, float]:

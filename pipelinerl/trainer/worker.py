@@ -102,9 +102,10 @@ class TrainerWorker:
         }
 
     def listen(self, backend: str, address: str) -> dict[str, Any]:
-        """Rank 0 only: open the weight transport. Returns what engines need to join it."""
+        """Rank 0 only: leave the weight transport's group there was and open another. Returns what engines need."""
         weights = self._config.weights
-        self._sender = make_sender(backend, weights.timeout_s, weights.bucket_mb * 2**20)
+        if self._sender is None:
+            self._sender = make_sender(backend, self._source, weights.timeout_s, weights.shared_memory)
         return self._sender.listen(address)
 
     def connect(self, world_size: int) -> dict[str, Any]:
@@ -113,9 +114,11 @@ class TrainerWorker:
         self._sender.connect(world_size)
         return self._source.manifest.to_dict()
 
-    def send_weights(self) -> dict[str, Any]:
-        """Broadcast the current weights from rank 0; the other ranks take part where the weights are sharded. Rank 0
-        returns seconds and bytes and, with the canary on, the `digests` of all parameters in the order of the manifest.
+    def send_weights(self, transmission: int) -> dict[str, Any]:
+        """Send the current weights from rank 0; the other ranks take part where the weights are sharded. Rank 0 returns
+        its seconds and, with the canary on, the `digests` of all parameters in the order of the manifest.
+
+        The weights may change when this returns: what has not left by then has been copied. Raises WeightSyncError.
         """
         if self._rank:
             take_part(self._source)
@@ -123,9 +126,14 @@ class TrainerWorker:
         assert self._sender is not None, "listen comes first"
         start = time.perf_counter()
         canary = self._config.parity.canary
-        digests = self._sender.send(self._source, with_digests=canary)
-        sent = {"seconds": time.perf_counter() - start, "bytes": float(self._source.manifest.nbytes)}
+        digests = self._sender.send(transmission, with_digests=canary)
+        sent: dict[str, Any] = {"seconds": time.perf_counter() - start}
         return sent | {"digests": digests} if canary else sent
+
+    def resend_weights(self, transmission: int) -> None:
+        """Rank 0 only: send what was sent last once more, in a new group."""
+        assert self._sender is not None, "listen comes first"
+        self._sender.resend(transmission)
 
     def step(self, updates: Sequence[RankBatch], *payloads: RolloutGroup) -> StepResult:
         """This rank's share of a step, of one or more optimizer updates. `payloads[i]` is the group that

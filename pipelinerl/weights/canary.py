@@ -1,13 +1,14 @@
 """The canary of a weight update: what has arrived is what was sent, and the engine computes with it.
 
 It lives in every vLLM worker, beside the transport and independent of it, and listens at the one door through which
-all weights go in, the model's `load_weights`:
+all weights go in, the `load_weights` of the model, or of the double that is loaded in its place (twin.py):
 
-    begin(version)          before the update: record what will pass
-    check(names, digests)   after it, before the engine is resumed:
-        ARRIVED   every parameter has passed once, in this very update, with the digest that the trainer made
-        LOADED    a few columns of every parameter, read back from what the engine computes with (readback.py),
-                  are those that arrived, bit for bit
+    begin(version, door)      before the update: record what will pass
+    arrived(names, digests)   ARRIVED   every parameter has passed once, in this very update, with the digest that the
+                                        trainer made; of a double that can be known before the model is touched
+    check(names, digests)     before the engine is resumed: ARRIVED, and
+                              LOADED    a few columns of every parameter, read back from what the engine computes with
+                                        (readback.py), are those that arrived, bit for bit
 
 A stale or misplaced parameter is wrong in every column, so a few are enough; the digests cover the rest. The columns
 rotate with the version. What cannot be read back (quantised layers, experts, capped logits) is named as such.
@@ -62,20 +63,27 @@ class Canary:
         self._locator = Locator(model, dtype, device, tied)
         self._places: dict[str, Mapping[str, Place | None]] = {}
         self._recording: Recording | None = None
-        self._own_door: dict[str, Any] = {}  # what there was in the model's __dict__ before
+        self._door: Any = model  # whose `load_weights` is listened at
+        self._own_door: dict[str, Any] = {}  # what there was in its __dict__ before
         self._last_good: Recording | None = None
 
-    def begin(self, version: int) -> None:
-        """Record what passes `load_weights` from here on."""
+    def begin(self, version: int, door: Any = None) -> None:
+        """Record what passes `load_weights` of `door`, by default of the model, from here on."""
         self._stop_listening()  # to an update that broke off
         recording = self._recording = Recording(version)
-        load: Callable[[Weights], Any] = self._model.load_weights
-        self._own_door = {key: value for key, value in vars(self._model).items() if key == "load_weights"}
+        self._door = self._model if door is None else door
+        load: Callable[[Weights], Any] = self._door.load_weights
+        self._own_door = {key: value for key, value in vars(self._door).items() if key == "load_weights"}
 
         def record_and_load(weights: Weights) -> Any:
             return load(self._recorded(weights, recording))
 
-        self._model.load_weights = record_and_load
+        self._door.load_weights = record_and_load
+
+    def arrived(self, names: Sequence[str], digests: Sequence[int]) -> dict[str, str]:
+        """What is wrong with what has passed so far, as {parameter: what}. May be asked before `check`."""
+        assert self._recording is not None, "begin comes first"
+        return _not_as_sent(self._recording, names, digests)
 
     def check(self, names: Sequence[str], digests: Sequence[int]) -> dict[str, Any]:
         """What is wrong, as {parameter: what}, and how much could be read back. All as plain data.
@@ -95,8 +103,9 @@ class Canary:
     def _stop_listening(self) -> Recording | None:
         recording, self._recording = self._recording, None
         if recording is not None:
-            del self._model.load_weights
-            vars(self._model).update(self._own_door)
+            del self._door.load_weights
+            vars(self._door).update(self._own_door)
+            self._door = self._model  # a double must not live on
         return recording
 
     def _recorded(self, weights: Weights, recording: Recording) -> Iterator[tuple[str, Tensor]]:
@@ -198,6 +207,10 @@ class CanaryWorker:
     def canary_begin(self, version: int) -> None:
         """An update to `version` is about to start."""
         self._weight_canary().begin(version)
+
+    def canary_arrived(self, names: list[str], digests: list[int]) -> dict[str, str]:
+        """See Canary.arrived."""
+        return self._weight_canary().arrived(names, digests)
 
     @torch.no_grad()
     def canary_check(self, names: list[str], digests: list[int]) -> dict[str, Any]:

@@ -1,23 +1,23 @@
-"""Weight broadcast over gloo, the transport of machines without GPUs.
+"""The receiving end of weight updates on CPU, in every vLLM worker, which goes on stepping meanwhile.
 
-`GlooSender` lives in trainer rank 0, `GlooWeightTransferEngine` in every engine worker, where importing this module
-registers it in vLLM's factory (engine/extension.py does so, before the worker makes its transfer engine). Both sides
-cut the same manifest into the same buckets; each bucket is one broadcast of one flat byte buffer, and a bucket is
-loaded while the next one is in flight.
+    start("join")     a thread takes the worker's seat in the transport
+    start("receive")  a thread receives an update and prepares it beside the running model
+    state()           how far that is; the driver's side asks between steps
+    arrived(...)      what is wrong with what was received; nothing has been loaded by then
+    exchange()        while generation is paused: the model takes the update, and the canary reads it back
 
-Between start and finish vLLM's layerwise reload leaves the model unusable: the engine must be paused, and must not be
-resumed unless every bucket has arrived.
+An update that fails before `exchange` leaves the model as it was. Importing this module registers the engine in vLLM's
+factory (engine/extension.py does so, before the worker makes its transfer engine). vLLM's own update methods are of no
+use with it: they receive in the thread that steps.
 """
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from datetime import timedelta
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -25,103 +25,175 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from pipelinerl.weights.gloo_group import GlooGroup
-from pipelinerl.weights.manifest import Manifest, Parameter, offsets
-
-
-@dataclass
-class GlooInitInfo(WeightTransferInitInfo):
-    """How a worker joins the group. Its rank is `rank_offset` plus its rank inside the engine."""
-
-    address: str
-    port: int
-    epoch: int
-    rank_offset: int
-    world_size: int
-    timeout_s: float
+from pipelinerl.errors import WeightSyncError, first_line
+from pipelinerl.weights.canary import Canary
+from pipelinerl.weights.gloo_group import let_go
+from pipelinerl.weights.loading import LayerwiseLoading, Loading, TwinLoading
+from pipelinerl.weights.manifest import Manifest, Parameter
+from pipelinerl.weights.places import Place
+from pipelinerl.weights.seat import Seat
+from pipelinerl.weights.segment import Address, Segment, node_name
 
 
 @dataclass
-class GlooUpdateInfo(WeightTransferUpdateInfo):
-    """A manifest as plain lists."""
-
-    names: list[str]
-    dtype_names: list[str]
-    shapes: list[list[int]]
-    sizes: list[int]
-    bucket_bytes: int
+class HostInitInfo(WeightTransferInitInfo):
+    """Unused: workers join through `StagedUpdates.weights_start`."""
 
 
-class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
-    """The receiving side, inside a vLLM worker."""
+@dataclass
+class HostUpdateInfo(WeightTransferUpdateInfo):
+    """Unused, as HostInitInfo."""
 
-    init_info_cls = GlooInitInfo
-    update_info_cls = GlooUpdateInfo
+
+class GlooWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
+    """What vLLM makes for `weight_transfer_config.backend=gloo`. It holds the state of StagedUpdates."""
+
+    init_info_cls = HostInitInfo
+    update_info_cls = HostUpdateInfo
     supports_draft_weight_update = False
 
-    group: GlooGroup | None = None
+    seat: Seat | None = None
+    update: "Update | None" = None
+    task: "Task | None" = None
 
-    def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
-        store = dist.TCPStore(
-            init_info.address, init_info.port, is_master=False, timeout=timedelta(seconds=init_info.timeout_s)
-        )
-        rank = init_info.rank_offset + self.parallel_config.rank
-        self.group = GlooGroup(store, init_info.epoch, rank, init_info.world_size, init_info.timeout_s)
+    def init_transfer_engine(self, init_info: HostInitInfo) -> None:
+        raise NotImplementedError("the gloo transport is driven through StagedUpdates")
 
-    def start_weight_update(self) -> None:
-        initialize_layerwise_reload(self.model)
-
-    def receive_weights(self, update_info: GlooUpdateInfo) -> None:
-        assert self.group is not None, "init_transfer_engine comes first"
-        manifest = Manifest.from_dict(asdict(update_info))
-        for bucket, buffer in self.group.receive(manifest):
-            self.model.load_weights(_views(bucket, buffer))
-
-    def finish_weight_update(self) -> None:
-        with _without_expected_warnings(tied=self._tied()):
-            finalize_layerwise_reload(self.model, self.model_config)
-        self._repack_tied_head()
+    start_weight_update = finish_weight_update = receive_weights = init_transfer_engine
 
     def shutdown(self) -> None:
-        self.group = None
-
-    def _repack_tied_head(self) -> None:
-        """A tied bf16 head on CPU computes from a packed copy that the reload does not refresh: make it anew."""
-        head = getattr(self.model, "lm_head", None)
-        method = getattr(head, "quant_method", None)
-        if self._tied() and head is not None and method is not None and self.device.type == "cpu":
-            method.process_weights_after_loading(head)
-
-    def _tied(self) -> bool:
-        return bool(getattr(self.model_config.hf_text_config, "tie_word_embeddings", False))
+        left = [self.seat, self.update, self.task]
+        self.seat = self.update = self.task = None
+        let_go(left)
 
 
-@contextmanager
-def _without_expected_warnings(tied: bool) -> Iterator[None]:
-    """vLLM warns at every update of layers that received nothing. A rotary table never does, a tied head never does
-    under its own name; any other layer it names is a real loss and stays visible."""
-    expected = ["RotaryEmbedding"] + ["ParallelLMHead"] * tied
+@dataclass
+class Update:
+    """One update between its arrival and its exchange."""
 
-    def keep(record: logging.LogRecord) -> bool:
-        return record.getMessage() not in [f"{name}: Failed to load weights" for name in expected]
-
-    logger = logging.getLogger("vllm.model_executor.model_loader.reload.layerwise")
-    logger.addFilter(keep)
-    try:
-        yield
-    finally:
-        logger.removeFilter(keep)
+    version: int
+    loading: Loading
+    transfer_s: float = 0.0  # spent waiting for bytes
+    load_s: float = 0.0  # spent loading them beside the running model
 
 
-def _views(bucket: Any, buffer: Tensor) -> list[tuple[str, Tensor]]:
-    starts, _ = offsets(bucket)
-    return [(p.name, _view(p, buffer, start)) for p, start in zip(bucket, starts, strict=True)]
+@dataclass
+class Task:
+    """Work in a thread that may be kept waiting. Dropped, it ends by itself and its result goes nowhere."""
+
+    run: Callable[[], None] | None
+    error: str | None = None
+    done: threading.Event = field(default_factory=threading.Event)
+
+    def start(self, name: str) -> "Task":
+        threading.Thread(target=self._target, name=name, daemon=True).start()
+        return self
+
+    def _target(self) -> None:
+        run, self.run = self.run, None  # it holds the update, which is to end with its exchange
+        assert run is not None
+        try:
+            run()
+        except WeightSyncError as error:
+            self.error = str(error)
+        except Exception as error:  # whatever vLLM's loaders raise must reach the driver
+            self.error = f"{type(error).__name__}: {first_line(error)}"
+        self.done.set()
 
 
-def _view(parameter: Parameter, buffer: Tensor, start: int) -> Tensor:
-    return buffer[start : start + parameter.nbytes].view(getattr(torch, parameter.dtype)).view(parameter.shape)
+class StagedUpdates:
+    """Mixin of a vLLM worker: the methods above, for `collective_rpc`. They return at once."""
+
+    rank: int
+    vllm_config: Any
+    weight_transfer_engine: GlooWeightTransferEngine
+    get_model: Callable[[], Any]
+    _weight_canary: Callable[[], Canary]
+
+    def weights_locate(self, segment: dict[str, Any] | None) -> str:
+        """ "" where this worker can map the trainer's segment, else the name of the memory it shares with others.
+
+        Without a segment every worker is alone.
+        """
+        if segment is None:
+            return f"{node_name()}/{os.getpid()}"
+        return "" if Segment.open(Address(**segment)) else node_name()
+
+    def weights_join(self, init_info: dict[str, Any], places: list[dict[str, Any]], nbytes: int) -> None:
+        """Take a seat; `places` are those of the workers of this engine."""
+        transfer = self.weight_transfer_engine
+        transfer.shutdown()  # an epoch before
+        who, place = self._weights_name(), Place.from_dict(places[self.rank])
+
+        def join() -> None:
+            seat = Seat(who, place, init_info, nbytes)
+            if transfer.task is task:  # still wanted
+                transfer.seat = seat
+
+        task = transfer.task = Task(join)
+        task.start("weights-join")
+
+    def weights_receive(
+        self, update_info: dict[str, Any], transmission: int, version: int, eager: bool, canary: bool
+    ) -> None:
+        """Receive and prepare an update."""
+        transfer = self.weight_transfer_engine
+        assert transfer.seat is not None, "weights_join comes first"
+        watch: Callable[[Any], None] = lambda _: None  # noqa: E731
+        if canary:
+            watch = lambda door: self._weight_canary().begin(version, door)  # noqa: E731
+        loading_class = TwinLoading if eager else LayerwiseLoading
+        loading = loading_class(self.get_model(), self.vllm_config.model_config, watch)
+        update, buckets = Update(version, loading), transfer.seat.receive(Manifest.from_dict(update_info), transmission)
+
+        def receive() -> None:
+            start = time.perf_counter()
+            loading.prepare(_timed(buckets, update))
+            update.load_s = time.perf_counter() - start - update.transfer_s
+            if transfer.task is task:
+                transfer.update = update
+
+        transfer.update = None
+        task = transfer.task = Task(receive)
+        task.start("weights-receive")
+
+    def weights_state(self) -> dict[str, Any]:
+        """Whether the thread is done, and what became of it."""
+        transfer = self.weight_transfer_engine
+        task, update = transfer.task, transfer.update
+        if task is None:
+            return {"done": True, "error": f"{self._weights_name()} was told to leave the transport"}
+        times = {} if update is None else {"transfer_s": update.transfer_s, "load_s": update.load_s}
+        return {"done": task.done.is_set(), "error": task.error, "times": times}
+
+    def weights_exchange(self, version: int) -> None:
+        """Make the model compute with the update. Generation must stand still."""
+        transfer = self.weight_transfer_engine
+        update, transfer.update = transfer.update, None
+        assert update is not None and update.version == version, "no such update has arrived"
+        update.loading.exchange()
+        let_go([update])  # with all that the model held before
+        del update
+
+    def weights_leave(self) -> None:
+        """Drop seat and update; a thread that still waits ends by itself."""
+        self.weight_transfer_engine.shutdown()
+
+    def _weights_name(self) -> str:
+        return f"worker {self.rank}"
+
+
+def _timed(
+    buckets: Iterator[tuple[Sequence[Parameter], Tensor]], update: Update
+) -> Iterator[tuple[Sequence[Parameter], Tensor]]:
+    while True:
+        start = time.perf_counter()
+        item = next(buckets, None)
+        update.transfer_s += time.perf_counter() - start
+        if item is None:
+            return
+        yield item
 
 
 if "gloo" not in WeightTransferEngineFactory._registry:

@@ -1,17 +1,18 @@
-"""A private gloo process group for weight broadcasts: trainer rank 0 sends, every engine worker receives.
+"""A private gloo process group for weight broadcasts: trainer rank 0 sends, one worker of every other node receives.
 
 It is independent of torch's default group on either side, so a failed update can drop it and build the next one
 under a new epoch. Holds no reference to vLLM: the trainer imports this module too.
 """
 
-from collections.abc import Iterator, Sequence
+import threading
 from datetime import timedelta
+from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipelinerl.weights.manifest import Manifest, Parameter, offsets
+from pipelinerl.errors import WeightSyncError, first_line
+from pipelinerl.weights.manifest import Placed
 
 
 class GlooGroup:
@@ -23,28 +24,29 @@ class GlooGroup:
         self._group = dist.ProcessGroupGloo(prefix, rank, world_size, timedelta(seconds=timeout_s))
 
     def broadcast(self, buffer: Tensor) -> dist.Work:
-        """Start the broadcast of `buffer` (uint8) from rank 0 and return the handle to wait for."""
+        """Start the broadcast of `buffer` (uint8) from rank 0 and return the handle to wait for.
+
+        gloo's own threads move the bytes; broadcasts run in the order in which they were started.
+        """
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
         return self._group.broadcast([buffer], options)
 
-    def receive(self, manifest: Manifest) -> Iterator[tuple[Sequence[Parameter], Tensor]]:
-        """Yield each bucket with its filled buffer, the next bucket's broadcast already running.
 
-        Every buffer is a new one: vLLM keeps views of what it was given until a fused layer (q, k and v, say) is
-        complete, and a layer may be spread over several buckets. At most three are alive at a time otherwise.
-        """
+def let_go(things: list[Any]) -> None:
+    """Drop what is in the list in a thread: a group with broadcasts that nobody takes ends only when these time out,
+    and memory of this size takes a while to be given back."""
+    mine = list(things)
+    things.clear()
+    threading.Thread(target=mine.clear, name="weights-let-go", daemon=True).start()
 
-        def start(bucket: Sequence[Parameter]) -> tuple[dist.Work, Tensor]:
-            buffer = torch.empty(offsets(bucket)[1], dtype=torch.uint8)
-            return self.broadcast(buffer), buffer
 
-        buckets = list(manifest.buckets())
-        pending = start(buckets[0]) if buckets else None
-        for index, bucket in enumerate(buckets):
-            assert pending is not None
-            work, buffer = pending
-            work.wait()
-            if index + 1 < len(buckets):
-                pending = start(buckets[index + 1])
-            yield bucket, buffer
+def finish(work: dist.Work, who: str, placed: Placed) -> None:
+    """Wait for a broadcast. Raises WeightSyncError that names the member and the parameters."""
+    try:
+        work.wait()
+    except RuntimeError as error:
+        raise WeightSyncError(
+            f"{who}: the weight broadcast broke off at {placed.names} ({placed.end - placed.start} bytes): "
+            f"{first_line(error)}"
+        ) from error

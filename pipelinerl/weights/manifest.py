@@ -49,6 +49,15 @@ class Manifest:
         if bucket:
             yield bucket
 
+    def layout(self) -> tuple[list["Placed"], int]:
+        """Where each bucket lies in a buffer that holds them all, one after the other, and that buffer's size."""
+        placed, position = [], 0
+        for bucket in self.buckets():
+            size = offsets(bucket)[1]
+            placed.append(Placed(bucket, position, position + size))
+            position += size
+        return placed, position
+
     def to_dict(self) -> dict[str, Any]:
         """As plain lists, the form in which vLLM passes update infos between its processes."""
         return {
@@ -63,6 +72,21 @@ class Manifest:
     def from_dict(cls, data: dict[str, Any]) -> "Manifest":
         columns = zip(data["names"], data["dtype_names"], data["shapes"], data["sizes"], strict=True)
         return cls(tuple(Parameter(n, d, tuple(s), b) for n, d, s, b in columns), data["bucket_bytes"])
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A bucket, and its place [start, end) in a buffer of the whole update, in bytes."""
+
+    bucket: Sequence[Parameter]
+    start: int
+    end: int
+
+    @property
+    def names(self) -> str:
+        """For an error message."""
+        first, last = self.bucket[0].name, self.bucket[-1].name
+        return f"parameter {first}" if first == last else f"parameters {first} to {last}"
 
 
 def offsets(bucket: Sequence[Parameter]) -> tuple[list[int], int]:

@@ -1,163 +1,198 @@
 """A weight update, seen from the driver: the trainer sends and every engine receives, at the same time.
 
-publish   consumes     the trainer's weights after an optimizer step
-          waits for    the trainer's send and every engine's pause and load, then every engine's verification
+begin     consumes     the trainer's weights after an optimizer step
+          waits for    the update before, and until the trainer may change its weights
           unblocked by timeouts of the transport, and one above them all
+its task  waits for    every engine to receive, verify and serve the version
 
-An engine resumes only when all engines have loaded everything and its own canary found every parameter to be what the
-trainer sent. With the canary off nothing is verified, and the trainer sends no digests.
+A group of the transport has an epoch. It is built again, under the next one, when other engines are to get an update
+than those in it, and when an update failed in it: what then still arrives of the old one reaches nobody. An update
+that failed for some engines is tried again with them. An engine that dies, or fails twice in a row, is reported lost,
+and the update goes on without it; engines that have got it serve meanwhile.
 """
 
 import asyncio
 import time
-from collections.abc import Coroutine, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 from pipelinerl.config.schema import WeightsConfig
-from pipelinerl.errors import WeightSyncError, WorkerDied
+from pipelinerl.errors import VerificationFailed, WeightSyncError
+from pipelinerl.weights.calls import Broken, Calls
+from pipelinerl.weights.group import Group, Groups, SendingTrainer
+from pipelinerl.weights.membership import Conduct, Members, ReceivingEngine
 
-CAUSE_GRACE_S = 3.0  # how long the other members have to report after one has failed
 NAMED = 3  # parameters that an error names; the others are counted
+OVERLAPS = ("gloo",)  # transports that send a copy of the weights
+SECONDS = ("pause_s", "transfer_s", "load_s", "drain_s", "resume_s", "canary_s")  # of the slowest engine
 
 
-class SendingTrainer(Protocol):
-    """The trainer, as far as weight updates go."""
+@dataclass
+class Progress:
+    """One update, over its attempts."""
 
-    async def listen(self, backend: str) -> dict[str, Any]: ...
-
-    async def connect_weights(self, world_size: int) -> dict[str, Any]: ...
-
-    async def send_weights(self) -> dict[str, Any]: ...
-
-
-class ReceivingEngine(Protocol):
-    """A rollout worker, as far as weight updates go."""
-
-    async def connect(self, init_info: dict[str, Any]) -> None: ...
-
-    async def update_weights(self, update_info: dict[str, Any], version: int) -> dict[str, float]: ...
-
-    async def commit(self, version: int, names: list[str], digests: list[int]) -> dict[str, float]: ...
+    version: int
+    changed: bool | None
+    started: float = field(default_factory=time.perf_counter)
+    trainer_free: asyncio.Event = field(default_factory=asyncio.Event)
+    sent: dict[str, Any] | None = None  # what the trainer said of what it sent
+    served: dict[ReceivingEngine, dict[str, float]] = field(default_factory=dict)  # times
+    attempts: int = 0
+    refused: int = 0  # by a canary
+    differing: list[str] | None = None  # from what was published last; None: not known
+    error: Exception | None = None  # of the last attempt that failed
 
 
 class Publisher:
     """Brings versions to engines. One update at a time."""
 
     def __init__(
-        self,
-        trainer: SendingTrainer,
-        engines: Sequence[ReceivingEngine],
-        config: WeightsConfig,
-        backend: str,
-        workers_per_engine: int,
+        self, trainer: SendingTrainer, members: Members, config: WeightsConfig, backend: str, workers_per_engine: int
     ):
         self._trainer = trainer
-        self._engines = engines
+        self._members = members
         self._config = config
-        self._backend = backend
-        self._workers_per_engine = workers_per_engine
-        self._update_info: dict[str, Any] = {}
-        self._names: list[str] = []
-        self._bytes = 0
+        self._overlaps = backend in OVERLAPS
+        self._conduct = Conduct(members)
+        self._groups = Groups(trainer, self._conduct, config, backend, workers_per_engine)
+        self._running: asyncio.Task[dict[str, float]] | None = None
         self._digests: list[int] | None = None  # of what was published last
-
-    async def connect(self) -> None:
-        """Build the group of trainer rank 0 (rank 0 there too) and every worker of every engine."""
-        world_size = 1 + self._workers_per_engine * len(self._engines)
-        rendezvous = await self._trainer.listen(self._backend)
-        manifest, *_ = await asyncio.gather(
-            self._trainer.connect_weights(world_size),
-            *(
-                engine.connect(
-                    rendezvous | {"rank_offset": 1 + index * self._workers_per_engine, "world_size": world_size}
-                )
-                for index, engine in enumerate(self._engines)
-            ),
-        )
-        self._bytes = sum(manifest["sizes"])
-        self._names = list(manifest["names"])
-        keys = ("names", "dtype_names", "shapes") if self._backend == "nccl" else manifest.keys()
-        self._update_info = {key: manifest[key] for key in keys}
-
-    async def begin(self, version: int, changed: bool | None = None) -> asyncio.Task[dict[str, float]]:
-        task = asyncio.create_task(self.publish(version, changed))
-        await asyncio.wait([task])
-        return task
 
     async def publish(self, version: int, changed: bool | None = None) -> dict[str, float]:
         """Bring the trainer's current weights, which are `version`, to all engines. Returns `sync/*` metrics.
 
         `changed` says whether they must differ from those published last; None: not known. With the canary on that is
-        judged too. Raises WeightSyncError when it does not hold, when a parameter is not what was sent, or when the
-        update does not complete within `weights.timeout_s`; the engines that are not resumed by then stay paused.
+        judged too. Raises WeightSyncError when it does not hold, before any engine has taken them, and what the trainer
+        raises when a rank of it failed. When no engine is left the update is over: who starts engines again brings them
+        the weights of then.
         """
-        deadline = time.monotonic() + self._config.timeout_s
-        sent, *_ = await self._all_or_cause(
-            [
-                self._trainer.send_weights(),
-                *(engine.update_weights(self._update_info, version) for engine in self._engines),
-            ],
-            version,
-            deadline,
-        )
-        canary = "digests" in sent
-        digests: list[int] = sent.get("digests", [])
-        differing = self._differing(digests) if canary else None
-        if differing is not None:
-            _judge(version, differing, changed)
-        names = self._names if canary else []
-        received = await self._all_or_cause(
-            [engine.commit(version, names, digests) for engine in self._engines], version, deadline
-        )
+        return await (await self.begin(version, changed))
+
+    async def begin(self, version: int, changed: bool | None = None) -> asyncio.Task[dict[str, float]]:
+        """As `publish`, but returns as soon as the trainer may change its weights: the task brings the rest.
+
+        Transports that send no copy of the weights are done by then.
+        """
+        if self._running is not None:
+            await asyncio.wait([self._running])
+        progress = Progress(version, changed)
+        task = self._running = asyncio.create_task(self._update(progress), name=f"weights of version {version}")
+        free = asyncio.create_task(progress.trainer_free.wait())
+        try:
+            await asyncio.wait([task, free], return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
+        finally:
+            free.cancel()
+        if task.done():
+            await task  # raises what it raised
+        return task
+
+    async def _update(self, progress: Progress) -> dict[str, float]:
+        """Attempts, until every engine that is left serves the version."""
+        while waiting := self._waiting(progress):
+            if progress.attempts == self._config.attempts:
+                for engine in waiting:
+                    assert progress.error is not None
+                    self._conduct.give_up(engine, progress.error)
+                continue
+            progress.attempts += 1
+            try:
+                await self._attempt(progress, waiting)
+            except Broken as broken:
+                progress.error = broken.cause
+                self._groups.spoil()
+                await self._groups.leave()
+            except BaseException:
+                self._groups.spoil()
+                raise
+        if not progress.served:  # all are being started again: they get the weights of then
+            return {"sync/version": float(progress.version), "sync/attempts": float(progress.attempts)}
+        return self._metrics(progress)
+
+    def _waiting(self, progress: Progress) -> list[ReceivingEngine]:
+        return [engine for engine in self._members.members() if engine not in progress.served]
+
+    async def _attempt(self, progress: Progress, engines: list[ReceivingEngine]) -> None:
+        """Bring the version to `engines`. Raises Broken when some did not get it."""
+        group = await self._groups.of(engines)
+        number, info = group.next_update()
+        sent: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        bringing = [self._bring(engine, group, info, progress, sent) for engine in engines]
+        with Calls(engines, bringing, self._conduct) as calls:
+            await self._send(group, number, progress, calls)
+            sent.set_result(None)
+            await calls.results(self._config.timeout_s, group.coupled)
+
+    async def _bring(
+        self,
+        engine: ReceivingEngine,
+        group: Group,
+        info: dict[str, Any],
+        progress: Progress,
+        sent: "asyncio.Future[None]",
+    ) -> None:
+        """One engine, from the first byte until it serves the version."""
+        times = await engine.update_weights(info, progress.version)
+        await asyncio.shield(sent)
+        assert progress.sent is not None
+        digests = progress.sent.get("digests")
+        try:
+            times |= await engine.commit(progress.version, group.names if digests else [], digests or [])
+        except VerificationFailed:
+            progress.refused += 1
+            raise
+        progress.served[engine] = times
+        self._conduct.succeeded(engine, progress.version)
+
+    async def _send(self, group: Group, transmission: int, progress: Progress, calls: Calls[None]) -> None:
+        """The trainer's part. When the transport breaks, it is an engine that broke it, if one says so in time."""
+        try:
+            if self._overlaps and progress.sent is not None:  # the trainer's own weights may be others by now
+                await self._trainer.resend_weights(transmission)
+            else:
+                progress.sent = await self._trainer.send_weights(transmission)
+        except WeightSyncError as error:
+            await calls.grace()
+            raise Broken(error) from error
+        progress.sent["bytes"] = group.nbytes
+        progress.sent["epoch"] = group.epoch
+        if "digests" in progress.sent:
+            if self._digests is not None:
+                pairs = zip(group.names, self._digests, progress.sent["digests"], strict=True)
+                progress.differing = [name for name, before, now in pairs if before != now]
+                _judge(progress.version, progress.differing, progress.changed)
+            progress.sent["parameters"] = len(group.names)
+        if self._overlaps:
+            progress.trainer_free.set()
+
+    def _metrics(self, progress: Progress) -> dict[str, float]:
+        sent, received = progress.sent, list(progress.served.values())
+        assert sent is not None
         metrics = {
-            "sync/pause_s": max(times["pause_s"] for times in received),
-            "sync/drain_s": max(times["drain_s"] for times in received),
-            "sync/transfer_s": max(times["transfer_s"] for times in received),
-            "sync/send_s": sent["seconds"],
-            "sync/bytes": float(self._bytes),
-            "sync/version": float(version),
+            f"sync/{name}": max(times[name] for times in received if name in times)
+            for name in SECONDS
+            if any(name in times for times in received)
         }
-        if canary:
-            self._digests = digests
-            metrics["sync/canary_s"] = max(times["canary_s"] for times in received)
-            metrics["sync/canary_err"] = 0.0  # parameters found wrong; an update with any does not get here
+        metrics |= {
+            "sync/stage_s": sent["seconds"],
+            "sync/total_s": time.perf_counter() - progress.started,
+            "sync/bytes": float(sent["bytes"]),
+            "sync/version": float(progress.version),
+            "sync/epoch": float(sent["epoch"]),
+            "sync/attempts": float(progress.attempts),
+        }
+        if "digests" in sent:
+            self._digests = sent["digests"]
+            metrics["sync/canary_err"] = float(progress.refused)  # times that an engine refused what it had got
             metrics["sync/params_read_back"] = min(times["params_read_back"] for times in received)
-        if differing is not None:
-            metrics["sync/params_changed"] = len(differing) / len(self._names)
+            if progress.differing is not None:
+                metrics["sync/params_changed"] = len(progress.differing) / sent["parameters"]
         return metrics
 
-    def _differing(self, digests: list[int]) -> list[str] | None:
-        """Parameters that are not what was published last; None when nothing was."""
-        if self._digests is None:
-            return None
-        pairs = zip(self._names, self._digests, digests, strict=True)
-        return [name for name, before, now in pairs if before != now]
 
-    async def _all_or_cause(
-        self, calls: Sequence[Coroutine[Any, Any, dict[str, Any]]], version: int, deadline: float
-    ) -> list[dict[str, Any]]:
-        """The results of all calls. When one fails, the others fail with it: raise the error that came first in fact.
-
-        A dead process breaks the connection of its peers, and their complaint may arrive before the news of its death.
-        """
-        tasks = [asyncio.ensure_future(call) for call in calls]
-        try:
-            timeout_s = max(0.0, deadline - time.monotonic())
-            await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
-            if _errors(tasks):
-                await asyncio.wait(tasks, timeout=CAUSE_GRACE_S)
-                raise min(_errors(tasks), key=lambda error: not isinstance(error, WorkerDied))
-            if not all(task.done() for task in tasks):
-                raise WeightSyncError(
-                    f"the update to version {version} took more than weights.timeout_s={self._config.timeout_s:g} s"
-                )
-            return [task.result() for task in tasks]
-        finally:
-            for task in tasks:
-                task.cancel()
-
-
-def _judge(version: int, differing: Sequence[str], changed: bool | None) -> None:
+def _judge(version: int, differing: list[str], changed: bool | None) -> None:
     """Raise WeightSyncError when the trainer's weights changed although they must not have, or the other way round."""
     if changed is True and not differing:
         raise WeightSyncError(
@@ -170,8 +205,3 @@ def _judge(version: int, differing: Sequence[str], changed: bool | None) -> None
             f"version {version}: no step was applied with a learning rate above 0, yet parameters of the trainer "
             f"changed: {', '.join(differing[:NAMED])}{more}"
         )
-
-
-def _errors(tasks: Sequence[asyncio.Task[Any]]) -> list[BaseException]:
-    """What the finished ones among the tasks raised."""
-    return [error for task in tasks if task.done() and (error := task.exception())]

@@ -16,8 +16,9 @@ from pipelinerl.trainer.model import PolicyModel, load_policy
 from pipelinerl.trainer.nudge import Weights
 from pipelinerl.trainer.scoring import score_completions
 from pipelinerl.types import GroupMeta, Problem, RolloutGroup, ScoredSequence, ScoreRequest
+from pipelinerl.weights.host_sender import HostSender
+from pipelinerl.weights.membership import FixedMembers
 from pipelinerl.weights.publisher import Publisher
-from pipelinerl.weights.sender import GlooSender
 from pipelinerl.weights.source import WholeModel
 
 
@@ -26,7 +27,9 @@ class LocalEngine:
 
     def __init__(self, worker: RolloutWorker):
         self.worker = worker
+        self.locate = worker.locate
         self.connect = worker.connect
+        self.disconnect = worker.disconnect
         self.update_weights = worker.update_weights
         self.commit = worker.commit
 
@@ -42,7 +45,7 @@ class LocalTrainer:
         self.policy: PolicyModel = load_policy(config.model, config.sampling.temperature, 2048, False)
         self.weights = Weights(self.policy)
         self._source = WholeModel(self.policy.hf, config.weights.bucket_mb * 2**20)
-        self._sender = GlooSender(config.weights.timeout_s)
+        self._sender = HostSender(self._source, config.weights.timeout_s)
         self._canary = config.parity.canary
 
     async def nudge(self) -> None:
@@ -59,9 +62,12 @@ class LocalTrainer:
         await asyncio.to_thread(self._sender.connect, world_size)
         return self._source.manifest.to_dict()
 
-    async def send_weights(self) -> dict[str, Any]:
-        digests = await asyncio.to_thread(self._sender.send, self._source, self._canary)
+    async def send_weights(self, transmission: int) -> dict[str, Any]:
+        digests = await asyncio.to_thread(self._sender.send, transmission, self._canary)
         return {"seconds": 0.0} | ({"digests": digests} if self._canary else {})
+
+    async def resend_weights(self, transmission: int) -> None:
+        await asyncio.to_thread(self._sender.resend, transmission)
 
 
 @dataclass
@@ -92,10 +98,11 @@ class Bench:
         """The same engine under settings that are ours and not vLLM's: what an update does, the salt of the cache."""
         engine: Any = self.engine.worker._engine
         before, engine._config = engine._config, config.engine
+        engine._update._config = config.engine
         try:
             yield replace(self, config=config)
         finally:
-            engine._config = before
+            engine._config = engine._update._config = before
 
     def verdict(self, evidence: Evidence) -> Verdict:
         return judge([CaseResult(CONFIGURED, "", "", "", None, evidence)], [], self.config)
@@ -108,8 +115,8 @@ async def bench(config: RunConfig) -> AsyncIterator[Bench]:
     try:
         await worker.start()
         engine, trainer = LocalEngine(worker), LocalTrainer(config)
-        publisher = Publisher(trainer, [engine], config.weights, "gloo", config.engine.tensor_parallel)
-        await publisher.connect()
+        members = FixedMembers([engine])
+        publisher = Publisher(trainer, members, config.weights, "gloo", config.engine.tensor_parallel)
         yield Bench(config, engine, trainer, publisher)
     finally:
         await worker.close()

@@ -3,16 +3,20 @@
 The engine's processes import it by name; `sabotage` arrives there through `collective_rpc`.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from torch import Tensor
 
 from pipelinerl.engine.extension import WorkerExtension
+from pipelinerl.weights import loading
 from pipelinerl.weights.manifest import Parameter, offsets
+from pipelinerl.weights.twin import Twin
 
 SABOTEUR = "tests.integration.saboteur.Saboteur"
 LAYER = "model.layers.0."
+ORIGINALS = {(loading, "repack_tied_head"): loading.repack_tied_head, (Twin, "exchange"): Twin.exchange}
 
 Bucket = tuple[Sequence[Parameter], Tensor]
 
@@ -21,32 +25,40 @@ class Saboteur(WorkerExtension):
     """Everything is as it was before the update after it."""
 
     rank: int
-    weight_transfer_engine: Any
 
     def sabotage(self, kind: str) -> None:
         self._next_sabotage = kind
 
-    def canary_begin(self, version: int) -> None:
-        model, transfer = self.get_model(), self.weight_transfer_engine
-        for thing, name in ((model, "load_weights"), (transfer, "_repack_tied_head"), (transfer.group, "receive")):
-            vars(thing).pop(name, None)
+    def weights_receive(self, *args: Any) -> None:
+        canary, seat = self._weight_canary(), self.weight_transfer_engine.seat
+        vars(canary).pop("begin", None)
+        vars(seat).pop("receive", None)
+        for (owner, name), original in ORIGINALS.items():
+            setattr(owner, name, original)
         kind = self.__dict__.pop("_next_sabotage", "")
-        if kind == "layer not updated" or (kind == "layer not updated on rank 1" and self.rank == 1):
-            load_through(model, without_a_layer)
-        elif kind == "layers swapped":
-            load_through(model, with_layers_swapped)
+        if kind == "layer not updated on rank 1":
+            kind = "layer not updated" if self.rank == 1 else ""
+        if kind in LOADS:
+            begin: Any = canary.begin
+            spoil = LOADS[kind]
+
+            def begin_on_a_spoiled_door(version: int, door: Any = None) -> None:
+                load = door.load_weights
+                door.load_weights = lambda weights: load(spoil(weights))
+                begin(version, door)
+
+            canary.begin = begin_on_a_spoiled_door  # type: ignore[method-assign]
+        elif kind in ARRIVALS:
+            receive: Any = seat.receive  # type: ignore[union-attr]
+            change = ARRIVALS[kind]
+            seat.receive = lambda *what: change(receive(*what))  # type: ignore[union-attr, method-assign]
         elif kind == "stale head":
-            transfer._repack_tied_head = lambda: None
-        elif kind in ("lost bucket", "norm twice"):
-            receive, change = transfer.group.receive, without_the_second if kind == "lost bucket" else with_norm_twice
-            transfer.group.receive = lambda manifest: change(receive(manifest))
-        super().canary_begin(version)
-
-
-def load_through(model: Any, change: Any) -> None:
-    """Change what is loaded, after it has arrived."""
-    load = model.load_weights
-    model.load_weights = lambda weights: load(change(weights))
+            loading.repack_tied_head = lambda _: None
+        elif kind == "no exchange":
+            Twin.exchange = lambda _: None  # type: ignore[method-assign]
+        elif kind == "half an exchange":
+            Twin.exchange = exchange_of_half  # type: ignore[method-assign]
+        super().weights_receive(*args)
 
 
 def without_a_layer(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -63,9 +75,29 @@ def without_the_second(buckets: Iterator[Bucket]) -> Iterator[Bucket]:
     return (bucket for number, bucket in enumerate(buckets) if number != 1)
 
 
+def without_any(buckets: Iterator[Bucket]) -> Iterator[Bucket]:
+    return (bucket for bucket in buckets if not bucket)
+
+
 def with_norm_twice(buckets: Iterator[Bucket]) -> Iterator[Bucket]:
     """vLLM itself refuses most parameters that come twice; a norm it takes."""
     for parameters, buffer in buckets:
         yield parameters, buffer
         if parameters[-1].name == "model.norm.weight":
             yield parameters[-1:], buffer[offsets(parameters)[0][-1] :]
+
+
+def exchange_of_half(twin: Twin) -> None:
+    """As an exchange that breaks off in the middle."""
+    pairs = twin._of_module
+    twin._of_module = dict(islice(pairs.items(), len(pairs) // 2))
+    ORIGINALS[Twin, "exchange"](twin)
+    twin._of_module = pairs
+
+
+LOADS: dict[str, Callable[..., Any]] = {"layer not updated": without_a_layer, "layers swapped": with_layers_swapped}
+ARRIVALS: dict[str, Callable[..., Any]] = {
+    "lost bucket": without_the_second,
+    "norm twice": with_norm_twice,
+    "nothing": without_any,
+}

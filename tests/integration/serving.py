@@ -13,8 +13,10 @@ from pipelinerl.config.schema import RunConfig
 from pipelinerl.engine.vllm_engine import VllmEngine
 from pipelinerl.trainer.model import PolicyModel, load_policy
 from pipelinerl.types import Completion
+from pipelinerl.weights.group import INFO_KEYS
 from pipelinerl.weights.manifest import Manifest
-from pipelinerl.weights.sender import GlooSender
+from pipelinerl.weights.places import assign
+from pipelinerl.weights.sender import Sender, make_sender
 from pipelinerl.weights.source import WholeModel
 
 PROMPTS = [[1, 2, 3 + index] for index in range(64)]
@@ -23,7 +25,11 @@ PROMPTS = [[1, 2, 3 + index] for index in range(64)]
 class Receiver(Protocol):
     """An engine, or a rollout worker."""
 
+    async def locate(self, segment: dict[str, Any] | None) -> list[str]: ...
+
     async def connect(self, init_info: dict[str, Any]) -> None: ...
+
+    async def disconnect(self) -> None: ...
 
     async def update_weights(self, update_info: dict[str, Any], version: int) -> dict[str, float]: ...
 
@@ -36,32 +42,60 @@ class Link:
 
     policy: PolicyModel
     source: WholeModel
-    sender: GlooSender
+    sender: Sender
     engine: Receiver
+    backend: str
     version: int = 0
+    transmissions: int = 0
 
     @classmethod
     async def make(
-        cls, policy: PolicyModel, engine: Receiver, bucket_bytes: int, timeout_s: float = 60.0, workers: int = 1
+        cls,
+        policy: PolicyModel,
+        engine: Receiver,
+        bucket_bytes: int,
+        timeout_s: float = 60.0,
+        shared_memory: bool = True,
+        version: int = 0,
+        backend: str = "gloo",
     ) -> "Link":
-        sender = GlooSender(timeout_s)
-        init_info = sender.listen("127.0.0.1") | {"rank_offset": 1, "world_size": 1 + workers}
-        await asyncio.gather(asyncio.to_thread(sender.connect, 1 + workers), engine.connect(init_info))
-        return cls(policy, WholeModel(policy.hf, bucket_bytes), sender, engine)
+        source = WholeModel(policy.hf, bucket_bytes)
+        sender = make_sender(backend, source, timeout_s, shared_memory)
+        link = cls(policy, source, sender, engine, backend, version)
+        await link.connect()
+        return link
+
+    async def connect(self) -> None:
+        """Join the engine and the sender in the next epoch."""
+        rendezvous = self.sender.listen("127.0.0.1")
+        if self.backend == "gloo":
+            [places], world_size = assign([await self.engine.locate(rendezvous["segment"])])
+            info = rendezvous | {"places": places, "world_size": world_size}
+        else:
+            world_size = 2
+            info = rendezvous | {"rank_offset": 1, "world_size": world_size}
+        await asyncio.gather(asyncio.to_thread(self.sender.connect, world_size), self.engine.connect(info))
+        self.transmissions = 0
 
     @property
     def manifest(self) -> Manifest:
         return self.source.manifest
 
+    async def transfer(self) -> list[int]:
+        """Bring the policy's weights, as the next version, to the engine, which goes on as it is. Their digests."""
+        self.version += 1
+        number, self.transmissions = self.transmissions, self.transmissions + 1
+        told = {key: value for key, value in self.manifest.to_dict().items() if key in INFO_KEYS[self.backend]}
+        info = told | ({} if self.backend == "nccl" else {"transmission": number})
+        digests, _ = await asyncio.gather(
+            asyncio.to_thread(self.sender.send, number), self.engine.update_weights(info, self.version)
+        )
+        return digests
+
     async def send(self) -> dict[str, float]:
         """Bring the policy's weights, as the next version, into the running engine."""
-        self.version += 1
-        manifest = self.manifest.to_dict()
-        digests, _ = await asyncio.gather(
-            asyncio.to_thread(self.sender.send, self.source),
-            self.engine.update_weights(manifest, self.version),
-        )
-        return await self.engine.commit(self.version, manifest["names"], digests)
+        digests = await self.transfer()
+        return await self.engine.commit(self.version, [p.name for p in self.manifest.parameters], digests)
 
 
 @dataclass
@@ -76,18 +110,26 @@ class Served:
     def policy(self) -> PolicyModel:
         return self.link.policy
 
+    @property
+    def backend(self) -> str:
+        return self.link.backend
+
     async def generate(self, prompts: Sequence[list[int]], temperature: float, max_tokens: int) -> list[Completion]:
         """One completion per prompt, all at the same time."""
         return await asyncio.gather(*(self.engine.generate(prompt, temperature, max_tokens) for prompt in prompts))
 
 
 @asynccontextmanager
-async def serve(config: RunConfig, bucket_bytes: int = 2**20) -> AsyncIterator[Served]:
+async def serve(
+    config: RunConfig, bucket_bytes: int = 2**20, shared_memory: bool = True, backend: str = "gloo"
+) -> AsyncIterator[Served]:
     """An engine, shut down afterwards."""
-    engine = await VllmEngine.start(config, 0, "gloo")
+    engine = await VllmEngine.start(config, 0, backend)
     try:
         policy = load_policy(config.model, config.sampling.temperature, config.trainer.logprob_chunk, False)
-        link = await Link.make(policy, engine, bucket_bytes, workers=config.engine.tensor_parallel)
+        if backend != "gloo":
+            policy.to("cuda")  # the last GPU is the engine's, where there are two
+        link = await Link.make(policy, engine, bucket_bytes, shared_memory=shared_memory, backend=backend)
         yield Served(config, engine, link)
     finally:
         await engine.shutdown()

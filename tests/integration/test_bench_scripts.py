@@ -39,3 +39,10 @@ def test_the_controllers_cost_hardly_grows_with_the_engines() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "| 200 |" in done.stdout
     assert bench("controller.py", *small, "--min-rate", "1e9").returncode == 1
+
+
+def test_an_update_of_a_serving_engine_is_measured_phase_by_phase() -> None:
+    small = ("--vocabulary", "256", "--hidden", "192", "--layers", "2", "--length", "128", "--kv-cache-mb", "64")
+    done = bench("update.py", *small, "--requests", "8", "--repeats", "1", "--max-ratio", "1000")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "none aborted" in done.stdout and "| pause |" in done.stdout and "| mapped to 3 |" in done.stdout

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
-from pipelinerl.errors import WeightSyncError
+from pipelinerl.errors import VerificationFailed
 from tests.integration.models import run_config
 
 if TYPE_CHECKING:
@@ -61,30 +61,35 @@ async def sabotage(served: "Served", kind: str) -> None:
     await served.engine._llm.collective_rpc("sabotage", args=(kind,))
 
 
-async def caught(served: "Served", update: Any = None) -> str:
-    """What the next update, of weights that all change, is refused with. A good one after it heals the engine."""
+async def caught(served: "Served", loaded: bool = True) -> str:
+    """What the next update, of weights that all change, is refused with. A good one after it heals the engine.
+
+    An engine that has loaded what it refuses stays paused, any other goes on with the weights it has.
+    """
     from tests.integration.serving import differences, disturb
 
     served_version = served.engine.version
     disturb(served.policy, 0.05, seed=served.link.version)
-    with pytest.raises(WeightSyncError) as refused:
-        await (update or served.link.send)()
+    with pytest.raises(VerificationFailed) as refused:
+        await served.link.send()
     text = str(refused.value)
+    then = "stays paused" if loaded else "goes on with the weights it has"
     assert text.startswith(
-        f"engine 0: version {served.link.version} did not pass verification and the engine stays paused; "
-        "inference path: "
+        f"engine 0: version {served.link.version} did not pass verification and the engine {then}; inference path: "
     )
     assert "\n" not in text and len(text) < 500
 
     waiting = asyncio.create_task(served.engine.generate([1, 2, 3], 1.0, 20))
-    done, _ = await asyncio.wait([waiting], timeout=1.0)
-    assert not done and served.engine.version == served_version
+    done, _ = await asyncio.wait([waiting], timeout=1.0 if loaded else 30.0)
+    assert bool(done) == (not loaded) and served.engine.version == served_version
 
     times = await served.link.send()
-    assert times["params_read_back"] == 1 and times["pause_s"] > 1  # it stood still since the bad update
+    assert times["params_read_back"] == 1 and (times["pause_s"] > 1) == loaded  # it stood still since the bad update
     completion = await waiting
-    assert {span.version for span in completion.spans} == {served.link.version} == {served.engine.version}
-    assert differences(served.policy, [[1, 2, 3]], [completion]).mean() < 5e-2
+    assert {span.version for span in completion.spans} == {served.link.version if loaded else served_version}
+    assert served.engine.version == served.link.version
+    after = await served.engine.generate([1, 2, 3], 1.0, 20)
+    assert differences(served.policy, [[1, 2, 3]], [after]).mean() < 5e-2
     return text
 
 
@@ -112,19 +117,25 @@ async def test_a_stale_tied_head(victim: "Served") -> None:
     assert text.endswith(f"path: model.embed_tokens.weight as the head still holds version {holds}")
 
 
+async def test_an_exchange_that_does_not_take_place(victim: "Served") -> None:
+    holds = victim.engine.version
+    await sabotage(victim, "no exchange")
+    text = await caught(victim)
+    assert text.count(f"still holds version {holds}") == 3
+    assert text.endswith(f"; and {len(victim.link.manifest.parameters) - 2} more")  # the tied one counts twice
+
+
+async def test_an_exchange_that_breaks_off(victim: "Served") -> None:
+    holds = victim.engine.version
+    await sabotage(victim, "half an exchange")
+    text = await caught(victim)
+    assert f"model.norm.weight still holds version {holds}" in text or text.endswith(" more")
+    assert "embed_tokens" not in text  # it comes first
+
+
 async def test_a_new_version_without_weights(victim: "Served") -> None:
-    """Start and finish, and nothing in between."""
-    from pipelinerl.weights.digest import digest
-    from pipelinerl.weights.manifest import Manifest
-    from pipelinerl.weights.source import parameters_in_order
-
-    async def update() -> None:
-        victim.link.version += 1
-        await victim.engine.update_weights(Manifest((), BUCKET_BYTES).to_dict(), victim.link.version)
-        names, digests = zip(*((n, digest(t)) for n, t in parameters_in_order(victim.policy.hf)), strict=True)
-        await victim.engine.commit(victim.link.version, names, digests)
-
-    text = await caught(victim, update)
+    await sabotage(victim, "nothing")
+    text = await caught(victim, loaded=False)
     assert "path: model.embed_tokens.weight did not arrive; " in text
     assert text.endswith(f"; and {len(victim.link.manifest.parameters) - 3} more")
 
@@ -133,48 +144,53 @@ async def test_a_flipped_bit_on_the_way(victim: "Served", monkeypatch: pytest.Mo
     """In the middle of the second parameter of a bucket."""
     from pipelinerl.weights.manifest import offsets
 
-    number, bucket = next((n, b) for n, b in enumerate(victim.link.manifest.buckets()) if len(b) > 1)
-    start, hit = offsets(bucket)[0][1], bucket[1]
-    group: Any = victim.link.sender._group
-    broadcast, sent = group.broadcast, []
+    layout, _ = victim.link.manifest.layout()
+    hit = next(placed for placed in layout if len(placed.bucket) > 1)
+    sender: Any = victim.link.sender
+    copy = sender._copy
 
-    def flip(buffer: Any) -> Any:
-        sent.append(buffer)
-        if len(sent) == number + 1:
-            buffer[start + hit.nbytes // 2] ^= 4
-        return broadcast(buffer)
+    hits = [hit]
 
-    monkeypatch.setattr(group, "broadcast", flip)
-    text = await caught(victim)
-    assert text.endswith(f"path: {hit.name} arrived with other bytes than were sent")
+    def flip(bucket: Any, placed: Any) -> None:
+        copy(bucket, placed)
+        if placed in hits:
+            hits.clear()
+            sender._segment.content[placed.start + offsets(hit.bucket)[0][1] + hit.bucket[1].nbytes // 2] ^= 4
+
+    monkeypatch.setattr(sender, "_copy", flip)
+    text = await caught(victim, loaded=False)
+    assert text.endswith(f"path: {hit.bucket[1].name} arrived with other bytes than were sent")
 
 
 async def test_a_lost_bucket(victim: "Served") -> None:
     lost = [parameter.name for parameter in list(victim.link.manifest.buckets())[1]]
     assert len(lost) > 3
     await sabotage(victim, "lost bucket")
-    text = await caught(victim)
+    text = await caught(victim, loaded=False)
     named = [f"{name} did not arrive" for name in lost[:3]]
     assert text.split("path: ")[1].split("; ") == [*named, f"and {len(lost) - 3} more"]
 
 
 async def test_a_parameter_that_arrives_twice(victim: "Served") -> None:
     await sabotage(victim, "norm twice")
-    assert (await caught(victim)).endswith("path: model.norm.weight arrived 2 times")
+    assert (await caught(victim, loaded=False)).endswith("path: model.norm.weight arrived 2 times")
 
 
 async def test_without_the_canary_nothing_is_verified(victim: "Served") -> None:
     from pipelinerl.engine.vllm_engine import VllmEngine
-    from pipelinerl.weights.manifest import Manifest
 
-    engine = victim.engine
-    blind = VllmEngine(engine._llm, engine.settings, victim.config.engine, canary=False, index=0)
-    await blind.update_weights(Manifest((), BUCKET_BYTES).to_dict(), 1000)
+    engine, link = victim.engine, victim.link
+    blind = VllmEngine(engine._llm, engine.settings, victim.config.engine, canary=False, index=0, backend="gloo")
+    link.engine = blind
+    await sabotage(victim, "no exchange")
+    await link.transfer()
     assert blind.version == 0
-    times = await blind.commit(1000, [], [])
-    assert blind.version == 1000 and times.keys() == {"pause_s", "drain_s", "transfer_s"}
+    times = await blind.commit(link.version, [], [])
+    assert blind.version == link.version and "params_read_back" not in times
     completion = await engine.generate([1, 2, 3], 1.0, 20)
-    assert {span.version for span in completion.spans} == {1000}
+    assert {span.version for span in completion.spans} == {link.version}
+    link.engine = engine
+    await link.send()
 
 
 async def test_updates_with_the_same_weights_change_no_bit(fp32_engine: "Served") -> None:

@@ -116,6 +116,7 @@ async def fleet_with(lives: list[list[FakeWorker]], *overrides: str) -> Fleet:
     config = small_config(f"engine.count={len(lives)}", "engine.heartbeat_s=0.01", *overrides)
     fleet = Fleet(FakeLauncher(lives), config)  # type: ignore[arg-type]
     await fleet.start()
+    fleet.recovery = "refit"
     return fleet
 
 
@@ -240,10 +241,12 @@ async def test_all_ranks_meet_at_the_node_of_rank_0_which_alone_sends_weights() 
     await group.setup()
     await group.listen("gloo")
     await group.connect_weights(3)
-    await group.send_weights()
+    await group.send_weights(5)
+    await group.resend_weights(6)
     await group.export("model")
     meet = ("setup", ("node-0", 4711))
-    rest = [("listen", ("gloo", "node-0")), ("connect", (3,)), ("send_weights", ()), ("export", ("model",))]
+    rest = [("listen", ("gloo", "node-0")), ("connect", (3,)), ("send_weights", (5,)), ("resend_weights", (6,))]
+    rest.append(("export", ("model",)))
     assert [rank.calls for rank in ranks] == [[meet, *rest], [meet], [meet]]
     assert ranks[2].timeouts == {"setup": 3.0}
 

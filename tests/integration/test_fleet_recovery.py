@@ -58,8 +58,8 @@ async def test_the_groups_of_a_dead_engine_go_to_another_and_it_comes_back_throu
             await fleet.rollout(group_id, PROBLEM)
         assert second.groups == [], "it has the weights of model.path"
         await fleet.stale()
-        assert fleet.members() == fleet.engines
-        fleet.refitted(fleet.engines[0], 7)
+        assert [member.engine for member in fleet.members()] == fleet.engines
+        fleet.refitted(fleet.engines[0].member, 7)
         await fleet.rollout(6, PROBLEM)
         assert second.groups == [6]
     assert kinds(events) == [("lost", 0), ("requeued", 0), ("restarted", 0), ("healthy", 0)]
@@ -91,7 +91,7 @@ async def test_a_suspect_that_answers_again_serves_again_unless_it_missed_an_upd
     fleet = await fleet_with([[worker], [open_worker()]], "engine.hang_timeout_s=2")
     fleet.engines[0].become(EngineState.SUSPECT)
     if update_meanwhile:
-        assert fleet.members() == [fleet.engines[1]]
+        assert [member.engine for member in fleet.members()] == [fleet.engines[1]]
     async with supervised(fleet):
         await settle()
         busy.set()
@@ -111,7 +111,7 @@ async def test_an_engine_that_keeps_dying_is_retired_and_the_run_goes_on_with_th
         dying.kill()
         await until(lambda: fleet.engines[0].state is EngineState.RETIRED)
         await fleet.rollout(0, PROBLEM)
-        assert fleet.members() == [fleet.engines[1]]
+        assert [member.engine for member in fleet.members()] == [fleet.engines[1]]
     assert [kind for kind, _ in kinds(events)] == ["lost", "lost", "lost", "retired"]
 
 
@@ -137,7 +137,7 @@ async def test_a_group_that_every_engine_dies_of_is_counted_as_errored() -> None
             if deadly in worker.groups and not worker.killed:
                 worker.kill()
             if fleet.engines[0].state is EngineState.STALE:
-                fleet.refitted(fleet.engines[0], 1)
+                fleet.refitted(fleet.engines[0].member, 1)
 
     async with supervised(fleet), background(die()):
         meta, _ = await fleet.rollout(deadly, PROBLEM)
@@ -153,7 +153,7 @@ async def test_after_abandoning_no_engine_serves_before_the_next_update() -> Non
     waiting = asyncio.create_task(fleet.rollout(0, PROBLEM))
     await settle()
     assert worker.groups == []
-    fleet.refitted(fleet.engines[0], 3)
+    fleet.refitted(fleet.engines[0].member, 3)
     await waiting
     assert worker.groups == [0]
 

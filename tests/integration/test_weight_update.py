@@ -92,12 +92,11 @@ async def test_many_small_buckets_carry_the_same_weights(fp32_engine: "Served") 
 
     disturb(fp32_engine.policy, 0.02, seed=2)
     version = fp32_engine.link.version
-    fp32_engine.link = await Link.make(fp32_engine.policy, fp32_engine.engine, bucket_bytes=20_000)
-    fp32_engine.link.version = version
+    fp32_engine.link = await Link.make(fp32_engine.policy, fp32_engine.engine, bucket_bytes=20_000, version=version)
     sizes = [len(bucket) for bucket in fp32_engine.link.manifest.buckets()]
     assert len(sizes) > 10 and max(sizes) > 1
     times = await fp32_engine.link.send()
-    assert times["pause_s"] >= times["transfer_s"] > 0 and times["drain_s"] >= 0
+    assert times["pause_s"] >= times["drain_s"] > 0 and times["resume_s"] > 0
     fresh = await fp32_engine.generate(PROMPTS, 1.0, 30)
     assert differences(fp32_engine.policy, PROMPTS, fresh).max() < 1e-4
     assert fp32_engine.engine.version == version + 1

@@ -4,7 +4,6 @@ import pickle
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -94,30 +93,28 @@ def run_rank(case: Case, rank: int, port: int, out: Path) -> None:
 
 def send(worker: Any, rank: int, run: RankRun) -> None:
     """Send the weights from rank 0 to a thread of it that receives them as an engine does."""
-    import torch.distributed as dist
-
-    from pipelinerl.weights.gloo_group import GlooGroup
     from pipelinerl.weights.manifest import Manifest, offsets
+    from pipelinerl.weights.places import Place
+    from pipelinerl.weights.seat import Seat
 
     if rank:
-        worker.send_weights()
+        worker.send_weights(0)
         return
     info = worker.listen("gloo", "127.0.0.1")
 
-    def receive(manifest: Manifest, group: GlooGroup) -> dict[str, Any]:
+    def receive(manifest: Manifest, seat: Seat) -> dict[str, Any]:
         return {
             parameter.name: (parameter.dtype, parameter.shape, buffer[start : start + parameter.nbytes].numpy().copy())
-            for bucket, buffer in group.receive(manifest)
+            for bucket, buffer in seat.receive(manifest, 0)
             for parameter, start in zip(bucket, offsets(bucket)[0], strict=True)
         }
 
-    def join() -> GlooGroup:
-        store = dist.TCPStore(info["address"], info["port"], is_master=False, timeout=timedelta(seconds=60))  # type: ignore[attr-defined]
-        return GlooGroup(store, info["epoch"], 1, 2, 60)
+    def join() -> Seat:
+        return Seat("worker 0", Place(1, "another node"), info | {"world_size": 2}, info["nbytes"])
 
     with ThreadPoolExecutor(1) as threads:
         joining = threads.submit(join)
         manifest = Manifest.from_dict(worker.connect(2))
         receiving = threads.submit(receive, manifest, joining.result())
-        run.digests = worker.send_weights()["digests"]
+        run.digests = worker.send_weights(0)["digests"]
         run.received = receiving.result()

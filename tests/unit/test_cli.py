@@ -109,7 +109,7 @@ def test_dry_run_shows_the_plan_and_starts_nothing(
     out = capsys.readouterr().out
     assert "160 = 10 groups x 16 completions" in out
     assert "8 step(s) = 1,280 samples" in out  # 8 * 160
-    assert "8; this machine has" in out
+    assert "  GPUs needed            8\n" in out
     assert out.count("in force") == 4
     assert list(tmp_path.iterdir()) == []
 

@@ -25,7 +25,7 @@ WEIGHTS = {
     "a3po": "tis_sequence",
 }  # objectives that need a weight, which no other may have
 MASKS = [option for option in OPTIONS["algo/correction"] if option not in WEIGHTS.values()]
-DEVICES = [("local_cpu", "cpu"), ("local_gpu", "gpu"), ("ray", "gpu")]
+DEVICES = [("local_cpu", "cpu"), ("local_gpu", "gpu"), ("ray", "gpu"), ("ray_cpu", "cpu")]
 
 
 def rows() -> list[list[str]]:
@@ -225,16 +225,18 @@ CONTRADICTIONS = [
     (["engine=gpu"], "engine.kv_cache_mb=null with cluster.device=cpu"),
     (["cluster.address=auto"], "cluster.object_store_mb=256 is for a local cluster"),
     (["weights.backend=nccl"], "weights.backend=nccl needs GPUs, cluster.device=cpu has none"),
+    (["weights.backend=ipc"], "weights.backend=ipc needs GPUs, cluster.device=cpu has none"),
+    (["engine.pipeline_parallel=2"], "engine.pipeline_parallel=2 with cluster.device=cpu"),
     (["weights.every=4"], "async.max_lag=2 with weights.every=4"),
-    *(
-        ([f"{key}=5000"], f"{key}=5000 is not below cluster.stall_timeout_s=3600")
-        for key in ("grading.timeout_s", "engine.start_timeout_s", "trainer.start_timeout_s", "weights.timeout_s")
-    ),
     (["engine.kv_policy=recompute_at_lag"], "engine.kv_policy=recompute_at_lag needs kv_max_lag"),
     (["engine.kv_max_lag=1"], "engine.kv_max_lag=1 does nothing with kv_policy=keep"),
     (
         ["engine.kv_policy=recompute_at_lag", "engine.kv_max_lag=3"],
         "engine.kv_max_lag=3 is above async.max_lag=2: no KV in use gets that old",
+    ),
+    *(
+        ([f"{key}=5000"], f"{key}=5000 is not below cluster.stall_timeout_s=3600")
+        for key in ("grading.timeout_s", "engine.start_timeout_s", "trainer.start_timeout_s", "weights.timeout_s")
     ),
     # one importance ratio, counted once
     (

@@ -21,7 +21,8 @@ def shown_commands() -> list[str]:
 
 
 def test_every_command_is_one_that_a_test_knows() -> None:
-    kinds = ("pipelinerl train", "pipelinerl parity", "pipelinerl eval", "pipelinerl make-tiny", "./scripts/")
+    kinds = ("pipelinerl train", "pipelinerl plan", "pipelinerl parity", "pipelinerl eval", "pipelinerl make-tiny")
+    kinds += ("./scripts/", "pipelinerl replay outputs/", "jq -c ")
     kinds += (".venv/bin/python scripts/parity_ablation.py", ".venv/bin/python scripts/objectives.py")
     kinds += (".venv/bin/python scripts/bench/",)
     assert [command for command in shown_commands() if not command.startswith(kinds)] == []
@@ -29,7 +30,11 @@ def test_every_command_is_one_that_a_test_knows() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [c for c in shown_commands() if c.startswith(("pipelinerl train", "pipelinerl parity", "pipelinerl eval"))],
+    [
+        c
+        for c in shown_commands()
+        if c.startswith(tuple(f"pipelinerl {n}" for n in ("train", "plan", "parity", "eval")))
+    ],
 )
 def test_every_command_with_settings_composes(command: str) -> None:
     load_config([word for word in shlex.split(command)[2:] if not word.startswith("--")])

@@ -1,0 +1,241 @@
+"""How an engine takes over weights in the middle of running sequences.
+
+              StagedUpdate (gloo)                           PausedUpdate (nccl, ipc)
+    receive   take and prepare it while the engine steps    pause; take and load it
+    commit    pause; exchange; verify                       verify
+    resume
+
+Each ends with an engine that serves the new version, or with an error. After an error of a staged update that was not
+yet exchanged the engine serves what it served before. After any other it stays paused: it does not resume until a full
+update has reached it. Sequences wait, none is aborted (engine.update_pause=keep).
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Protocol
+
+from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from pipelinerl.config.schema import EngineConfig
+from pipelinerl.errors import VerificationFailed, WeightSyncError, WorkerDied, first_line
+
+NAMED = 3  # parameters that a failed update names; the others are counted
+POLL_S = 0.004  # between two questions how far the workers are; each is answered between two steps
+
+Times = dict[str, float]
+
+
+class Update(Protocol):
+    """The weight updates of one engine."""
+
+    async def connect(self, init_info: dict[str, Any]) -> None:
+        """Join the transport; returns when all members have."""
+
+    async def disconnect(self) -> None:
+        """Leave it. What has been received and not committed is dropped."""
+
+    async def receive(self, update_info: dict[str, Any], version: int) -> Times:
+        """The first half. Returns seconds."""
+
+    async def commit(self, version: int, names: Sequence[str], digests: Sequence[int]) -> Times:
+        """The second half: verify against the trainer's `digests` of the parameters `names`. Generation is paused."""
+
+    async def resume(self) -> Times:
+        """Generate again."""
+
+
+class _Update:
+    """What both kinds share: the pause, the canary, and what is said when they fail."""
+
+    def __init__(self, llm: AsyncLLM, config: EngineConfig, canary: bool, index: int):
+        self._llm = llm
+        self._config = config
+        self._canary = canary
+        self._index = index
+        self._paused_at: float | None = None
+        self._not_read_back: set[str] = set()
+
+    @property
+    def now(self) -> str:
+        """What an engine does after an error, as far as its sequences are concerned."""
+        return "goes on with the weights it has" if self._paused_at is None else "stays paused"
+
+    async def _pause(self) -> float:
+        """Seconds until the step that ran was over."""
+        start = time.perf_counter()
+        self._paused_at = self._paused_at or start  # an update before this one may have failed
+        mode = self._config.update_pause
+        if mode == "keep":  # as pause_generation, without its wait for outputs: none is awaited
+            await self._llm.engine_core.pause_scheduler_async(mode=mode, clear_cache=False)
+        else:
+            await self._llm.pause_generation(mode=mode, clear_cache=False)
+        return time.perf_counter() - start
+
+    async def resume(self) -> Times:
+        """Seconds: `resume_s`, and `pause_s` since generation stood still."""
+        start = time.perf_counter()
+        await self._llm.resume_generation()
+        assert self._paused_at is not None
+        now, since, self._paused_at = time.perf_counter(), self._paused_at, None
+        return {"resume_s": now - start, "pause_s": now - since}
+
+    def _judge(self, version: int, ranks: Sequence[Mapping[str, str]]) -> None:
+        """Raise VerificationFailed when a worker found a parameter to be wrong."""
+        if wrong := wrong_on_any(ranks):
+            more = [f"and {len(wrong) - NAMED} more"] if len(wrong) > NAMED else []
+            raise VerificationFailed(
+                f"engine {self._index}: version {version} did not pass verification and the engine {self.now}; "
+                f"inference path: {'; '.join(wrong[:NAMED] + more)}"
+            )
+
+    def _verified(self, version: int, names: Sequence[str], found: Sequence[Mapping[str, Any]]) -> Times:
+        """What the workers' canaries `found`, as metrics. Raises VerificationFailed."""
+        self._judge(version, [of_rank["wrong"] for of_rank in found])
+        not_read_back = {name for of_rank in found for name in of_rank["not_read_back"]}
+        if not_read_back - self._not_read_back:
+            self._not_read_back = not_read_back
+            print(  # into its log file
+                f"engine {self._index}: the canary verifies the arrival of {len(not_read_back)} of {len(names)} "
+                f"parameters but cannot read them back: {', '.join(sorted(not_read_back))}",
+                flush=True,
+            )
+        return {"params_read_back": 1 - len(not_read_back) / max(len(names), 1)}
+
+    @asynccontextmanager
+    async def _errors_of(self, version: int) -> AsyncIterator[None]:
+        """Whatever vLLM raises in an update, as our own error."""
+        try:
+            yield
+        except EngineDeadError as error:
+            raise WorkerDied(
+                f"engine {self._index}: its vLLM core process died; see logs/engine_{self._index}.log"
+            ) from error
+        except WeightSyncError:
+            raise
+        except Exception as error:
+            raise WeightSyncError(
+                f"engine {self._index}: the update to version {version} did not complete and the engine "
+                f"{self.now}: {type(error).__name__}: {first_line(error)}"
+            ) from error
+
+
+class StagedUpdate(_Update):
+    """See pipelinerl/weights/gloo.py, whose methods it calls in the workers."""
+
+    async def connect(self, init_info: dict[str, Any]) -> None:
+        """`init_info` has the `places` of the workers, the `nbytes` of an update, and where the trainer listens."""
+        info = {key: value for key, value in init_info.items() if key not in ("places", "nbytes")}
+        async with self._errors_of(version=-1):
+            await self._rpc("weights_join", info, init_info["places"], init_info["nbytes"])
+            await self._until_done("connecting")
+
+    async def disconnect(self) -> None:
+        async with self._errors_of(version=-1):
+            await self._rpc("weights_leave")
+
+    async def receive(self, update_info: dict[str, Any], version: int) -> Times:
+        """Seconds: `transfer_s` waiting for bytes, `load_s` preparing them."""
+        info = dict(update_info)
+        transmission = info.pop("transmission")
+        async with self._errors_of(version):
+            await self._rpc("weights_receive", info, transmission, version, self._config.enforce_eager, self._canary)
+            return await self._until_done(f"the update to version {version}")
+
+    async def commit(self, version: int, names: Sequence[str], digests: Sequence[int]) -> Times:
+        names, digests = list(names), list(digests)
+        times: Times = {"canary_s": 0.0}
+        async with self._errors_of(version):
+            if self._canary and self._config.enforce_eager:
+                start = time.perf_counter()
+                self._judge(version, await self._rpc("canary_arrived", names, digests))
+                times["canary_s"] += time.perf_counter() - start
+            times["drain_s"] = await self._pause()
+            start = time.perf_counter()
+            # Not one after the other: the core works them off in this order, without waiting for us in between.
+            exchange = self._rpc("weights_exchange", version)
+            label = self._llm.update_weight_version(str(version))
+            await asyncio.gather(exchange, label)
+            exchanged = time.perf_counter()
+            times["exchange_s"] = exchanged - start
+            if self._canary:
+                found = await self._rpc("canary_check", names, digests)
+                times["canary_s"] += time.perf_counter() - exchanged
+                times |= self._verified(version, names, found)
+        return times
+
+    async def _until_done(self, what: str) -> Times:
+        """Ask until all workers are done. Raises WeightSyncError with the words of the first that failed."""
+        while True:
+            states = await self._rpc("weights_state")
+            for rank, state in enumerate(states):
+                if state["done"] and state["error"]:
+                    raise WeightSyncError(
+                        f"engine {self._index} worker {rank}: {what} failed and the engine {self.now}: {state['error']}"
+                    )
+            if all(state["done"] for state in states):
+                kinds = [state["times"] for state in states]
+                return {key: max(times[key] for times in kinds) for key in kinds[0]}
+            await asyncio.sleep(POLL_S)
+
+    async def _rpc(self, method: str, *args: Any) -> list[Any]:
+        found: list[Any] = await self._llm.collective_rpc(method, args=args)
+        return found
+
+
+class PausedUpdate(_Update):
+    """vLLM's own lifecycle of an update, for its transfer engines."""
+
+    _loaded: tuple[int, Times] | None = None
+
+    async def connect(self, init_info: dict[str, Any]) -> None:
+        async with self._errors_of(version=-1):
+            await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info))
+
+    async def disconnect(self) -> None:
+        """An update that broke off may have left the session open, in which vLLM would refuse to leave."""
+        async with self._errors_of(version=-1):
+            await self._llm.collective_rpc("weights_close_session")
+            await self._llm.shutdown_weight_transfer_engine()
+
+    async def receive(self, update_info: dict[str, Any], version: int) -> Times:
+        """Seconds: `drain_s` and `transfer_s`, which includes loading."""
+        self._loaded = None
+        async with self._errors_of(version):
+            times = {"drain_s": await self._pause()}
+            if self._canary:
+                await self._llm.collective_rpc("canary_begin", args=(version,))
+            start = time.perf_counter()
+            await self._llm.start_weight_update()
+            await self._llm.update_weights(WeightTransferUpdateRequest(update_info))
+            await self._llm.finish_weight_update(str(version))
+            times["transfer_s"] = time.perf_counter() - start
+        self._loaded = version, times
+        return times
+
+    async def commit(self, version: int, names: Sequence[str], digests: Sequence[int]) -> Times:
+        loaded, self._loaded = self._loaded, None
+        assert loaded is not None and loaded[0] == version, "receive comes first"
+        times = dict(loaded[1])
+        if self._canary:
+            start = time.perf_counter()
+            async with self._errors_of(version):
+                found = await self._llm.collective_rpc("canary_check", args=(list(names), list(digests)))
+                times |= self._verified(version, names, found)
+            recording_s = max(of_rank["seconds"] for of_rank in found)
+            times["canary_s"] = recording_s + time.perf_counter() - start
+            times["transfer_s"] -= recording_s
+        return times
+
+
+def wrong_on_any(ranks: Sequence[Mapping[str, str]]) -> list[str]:
+    """A line for every parameter that is wrong on a tensor-parallel rank, from what the ranks found."""
+    lines: dict[str, str] = {}
+    for rank, wrong in enumerate(ranks):
+        for name, what in wrong.items():
+            everywhere = all(name in other for other in ranks)
+            lines.setdefault(name, f"{name} {what}" + ("" if everywhere else f" on rank {rank}"))
+    return list(lines.values())
