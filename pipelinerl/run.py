@@ -1,6 +1,7 @@
 """From a config to a finished run: start the processes, train, export, and clean up whatever happens."""
 
 import asyncio
+import gc
 import json
 import logging
 import shutil
@@ -98,6 +99,8 @@ async def _session(config: RunConfig, ending: Ending) -> int:
         if config.journal.batches:
             await session.trainer.record_batches(str((run_dir / BATCHES).resolve()))
         ending.patience_s = config.checkpoint.sigterm_s if config.checkpoint.every else 0.0
+        gc.collect()
+        gc.freeze()  # full collections of the driver, some of them in every step, pass over what is there now
         await train_through_losses(parts, state, checkpoint)
         ending.patience_s = 0.0
         if ending.wished:
@@ -185,6 +188,7 @@ async def train_through_losses(parts: Parts, state: DriverState, start: Checkpoi
 
     Raises TrainerLost when `trainer.max_restarts` are spent.
     """
+    parts.session.fleet.recovery = "refit"
     trainer, limit, now, lost = parts.session.trainer, parts.config.trainer.max_restarts, state, ""
     while True:
         try:

@@ -36,10 +36,11 @@ class Outcome(StrEnum):
     INFRA_ABORT = "infra_abort"  # the engine gave the request up
     BAD_LOGPROB = "bad_logprob"  # the engine returned a logprob that is not a finite number
 
-    @property
-    def scored(self) -> bool:
-        """True when the reward may enter baseline and loss; the others are masked out and counted."""
-        return self is Outcome.OK or self is Outcome.TRUNCATED
+    scored: bool
+    """True when the reward may enter baseline and loss; the others are masked out and counted."""
+
+    def __init__(self, value: str) -> None:
+        self.scored = value in ("ok", "truncated")  # kept, because it is asked a dozen times of every rollout
 
 
 @dataclass(frozen=True, slots=True)

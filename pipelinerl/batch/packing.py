@@ -91,7 +91,7 @@ def _first_fit(lengths: Sequence[int], order: Sequence[int], capacity: int) -> B
     bins: Bins = []
     room = np.full(len(order), capacity, dtype=np.int64)  # of as many bins as could ever be opened
     for sample in order:
-        index = int(np.argmax(room[: len(bins) + 1] >= lengths[sample]))
+        index = int((room[: len(bins) + 1] >= lengths[sample]).argmax())
         if index == len(bins):
             bins.append([])
         bins[index].append(sample)

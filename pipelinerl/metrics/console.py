@@ -92,13 +92,13 @@ def step_metrics(values: Mapping[str, float], eta_s: float | None) -> str:
 
 
 def eval_lines(step: int, values: Mapping[str, float]) -> Iterator[str]:
-    """One line per evaluated task: `eval  step 0  sort  accuracy 45.3%  gain +2.1% (-0.5% to +4.7%)`."""
+    """One line per evaluated task: `eval  step 0  sort  accuracy 45.3%  gain +2.1 points (-0.5 to +4.7)`."""
     for name in sorted(values):
         if name.startswith("eval/") and name.endswith(ACCURACY):
             task = name.removeprefix("eval/").removesuffix(ACCURACY)
             gain = [values.get(f"eval/{task}/gain{part}") for part in ("", "/ci_low", "/ci_high")]
-            shown = [f"{100 * value:+.1f}%" for value in gain if value is not None]
-            tail = "  gain {} ({} to {})".format(*shown) if len(shown) == len(gain) else ""
+            shown = [f"{100 * value:+.1f}" for value in gain if value is not None]
+            tail = "  gain {} points ({} to {})".format(*shown) if len(shown) == len(gain) else ""
             yield f"eval  step {step}  {task}  accuracy {100 * values[name]:.1f}%{tail}"
 
 

@@ -2,10 +2,10 @@
 
     python scripts/bench/controller.py
 
-The driver is the real one: `loop.train` with admission, routing, ledger, advantages, packing, metrics and rollout
-files. Engines, trainer and weight updates are stubs that cost next to nothing: a group is done after a random time of
-some milliseconds, groups finish out of order, and the lag bound holds as many of them in flight as in a real run. Runs
-of all sizes take turns. `CPU us` is all CPU time of the process over the samples that were trained on.
+The driver is the real one: `loop.train` with admission, routing, ledger, journal, advantages, packing, metrics and
+rollout files. Engines, trainer and weight updates are stubs that cost next to nothing: a group is done after a random
+time of some milliseconds, groups finish out of order, and the lag bound holds as many of them in flight as in a real
+run. Runs of all sizes take turns. `CPU us` is all CPU time of the process over the samples that were trained on.
 
 Exit code 1 when the median rate with any number of engines is below --min-rate, or the median cost per sample with the
 most engines is above --max-growth times that with the fewest.
@@ -14,6 +14,7 @@ most engines is above --max-growth times that with the fewest.
 import argparse
 import asyncio
 import cProfile
+import gc
 import pstats
 import random
 import sys
@@ -33,6 +34,7 @@ from pipelinerl.cluster.fleet import Fleet
 from pipelinerl.concurrency import background
 from pipelinerl.config.schema import RunConfig
 from pipelinerl.loop import Finished, Run, train
+from pipelinerl.metrics.history import History
 from pipelinerl.metrics.log import MetricsLog
 from pipelinerl.metrics.rollouts import RolloutWriter
 from pipelinerl.rollout.buffer import GroupBuffer
@@ -130,8 +132,19 @@ class StubLauncher:
 
 
 class StubTrainer:
+    """What is not called in a run of whole batches, without checkpoints and KL, is not there."""
+
     def __init__(self) -> None:
         self.version = 0
+
+    async def begin_step(self) -> None:
+        raise NotImplementedError
+
+    async def accumulate(self, batches: Sequence[RankBatch], payloads: Sequence[Any], last: bool) -> None:
+        raise NotImplementedError
+
+    async def finish_step(self, scale: float) -> StepResult:
+        raise NotImplementedError
 
     async def step(self, updates: Sequence[Sequence[RankBatch]], payloads: Sequence[Any]) -> StepResult:
         self.version += 1
@@ -155,7 +168,10 @@ class StubPublisher:
     def __init__(self, serving: Serving) -> None:
         self._serving = serving
 
-    async def publish(self, version: int, changed: bool | None = None) -> dict[str, float]:
+    async def begin(self, version: int, changed: bool | None = None) -> asyncio.Task[dict[str, float]]:
+        return asyncio.create_task(self._arrive(version))
+
+    async def _arrive(self, version: int) -> dict[str, float]:
         self._serving.serve(version)
         return {"sync/version": float(version)}
 
@@ -195,7 +211,10 @@ def measure(args: argparse.Namespace, engines: int) -> tuple[float, float]:
             log=MetricsLog(run_dir),
             rollouts=RolloutWriter(run_dir, config.metrics.rollout_groups_per_step),
             saver=Saver(config, store, trainer, run_dir / "exports"),
+            history=History.open(run_dir, config.journal),
         )
+        lag = config.async_.lag_bound
+        run.history.journal.started(0, None, run.buffer.ledger.to_dict(), config.dump(), lag)
         seconds, spent = asyncio.run(timed(run, fleet))
         run.log.close()
     assert trainer.version == args.steps
@@ -205,6 +224,8 @@ def measure(args: argparse.Namespace, engines: int) -> tuple[float, float]:
 async def timed(run: Run, fleet: Fleet) -> tuple[float, float]:
     """Seconds and CPU seconds from the first group to the last step, with the heartbeats of all engines."""
     await fleet.start()
+    gc.collect()
+    gc.freeze()  # as a run does
     start, cpu = time.perf_counter(), time.process_time()
     async with background(fleet.supervise()):
         await train(run)

@@ -1,13 +1,14 @@
 """What asynchrony gains: whole runs of `pipelinerl train`, asynchronous and synchronous, in turns.
 
-    python scripts/bench/overlap.py                       # all cases, five rounds
-    python scripts/bench/overlap.py --case balanced --rounds 5
+    python scripts/bench/overlap.py                     # all cases, five rounds: about an hour
+    python scripts/bench/overlap.py --case balanced     # a quarter of it
 
-Engine and trainer have a core each (`cluster.pin_cores`), the task is `lengths`, and a case sets lengths and slots so
-that generating the batch of a step takes half as long as training on it, as long, twice as long; `lognormal` has
-lengths with a 99th percentile of ten times the median. T_gen (seconds in which the engine has work) and T_train are
-means over the middle steps of the synchronous run, T_sync and T_async what a step takes from end to end in the two
-modes, weight update, metrics and rollout files included. The best there is is T_async = max(T_gen, T_train).
+Engine and trainer have a core each (`cluster.pin_cores`), the task is `lengths`, and a case sets lengths, slots and
+forward passes so that generating the batch of a step takes about half as long as training on it (`trainer`), as long
+(`balanced`), twice as long (`engine`); `lognormal` has lengths with a 99th percentile of ten times the median. T_gen
+(seconds in which the engine has work) and T_train are means over the middle steps of the synchronous run, T_sync and
+T_async what a step takes from end to end in the two modes, weight update, metrics and rollout files included. The best
+there is is T_async = max(T_gen, T_train).
 
 `overlap` is max(T_gen, T_train) / T_async, `gain` is T_sync / T_async. Exit code 1 when the median overlap of a case
 of equal lengths is below --min-overlap, or the median gain of `lognormal` below --min-gain.
@@ -40,13 +41,16 @@ class Case:
     sigma: float = 0.0
     groups: int = 16
     max_lag: int = 2
+    steps: int = 12
+    settings: tuple[str, ...] = ()
 
 
+REFERENCE = ("algo.kl.coef=0.01", "trainer.gradient_checkpointing=true")  # two more forward passes of the trainer
 CASES = {
-    "trainer": Case(median=64, prompt=192, slots=64),
+    "trainer": Case(median=64, prompt=64, slots=128, settings=REFERENCE),
     "balanced": Case(median=64, prompt=64, slots=32),
-    "engine": Case(median=96, prompt=16, slots=16),
-    "lognormal": Case(median=64, prompt=64, slots=64, sigma=0.99, max_lag=4),
+    "engine": Case(median=64, prompt=16, slots=16),
+    "lognormal": Case(median=64, prompt=64, slots=64, sigma=0.99, max_lag=4, steps=20),
 }
 
 
@@ -69,7 +73,7 @@ def overrides(args: argparse.Namespace, case: Case, mode: str, model: str, run_d
         "task.prompt_chars": case.prompt,
         "model.path": model,
         "model.dtype": "float32",
-        "steps": args.steps,
+        "steps": case.steps,
         "batch.groups_per_step": case.groups,
         "batch.group_size": 8,
         "sampling.max_tokens": LONGEST - prompt if case.sigma else case.median,
@@ -92,7 +96,7 @@ def overrides(args: argparse.Namespace, case: Case, mode: str, model: str, run_d
         "metrics.console": "plain",
         "run_dir": run_dir,
     }
-    return [f"{key}={value}" for key, value in values.items()] + args.set
+    return [f"{key}={value}" for key, value in values.items()] + [*case.settings, *args.set]
 
 
 def run(args: argparse.Namespace, case: Case, mode: str, model: str, run_dir: Path) -> Times:
@@ -103,7 +107,7 @@ def run(args: argparse.Namespace, case: Case, mode: str, model: str, run_dir: Pa
     if done.returncode:
         sys.exit(f"{' '.join(command)}\nexit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     steps = {line["step"]: line for line in read_metrics(run_dir / "metrics.jsonl") if line["kind"] == "train"}
-    first, last = 1 + case.max_lag, args.steps - 1 - case.max_lag  # filled by then, and still filling
+    first, last = 1 + case.max_lag, case.steps - 1 - case.max_lag  # the buffer is filled by then, and still filled
     middle = [steps[step] for step in range(first + 1, last + 1)]
     names = [name for name, value in middle[0].items() if isinstance(value, float)]
     return Times(
@@ -138,7 +142,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=list(CASES), nargs="+", default=list(CASES))
     parser.add_argument("--rounds", type=int, default=5, help="pairs of runs of each case")
-    parser.add_argument("--steps", type=int, default=16, help="optimizer steps of a run")
     parser.add_argument("--hidden", type=int, default=192, help="of the model, a multiple of 64")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--min-overlap", type=float, default=0.9)
@@ -153,7 +156,7 @@ def main() -> int:
         size = write_model(
             Path(model), hidden=args.hidden, layers=args.layers, vocabulary=512, longest=LONGEST, dtype="float32"
         )
-        print(f"model of {size / 1e6:.1f}M parameters, {args.steps} steps a run\n", flush=True)
+        print(f"model of {size / 1e6:.1f}M parameters\n", flush=True)
         for number in range(args.rounds):
             for name in args.case:
                 times = {}

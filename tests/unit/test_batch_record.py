@@ -73,7 +73,7 @@ def without_texts(group: RolloutGroup) -> RolloutGroup:
 
 
 @given(st.lists(rank_batches, min_size=1, max_size=2), st.lists(groups, max_size=3))
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_it_comes_back_to_the_last_bit(
     tmp_path_factory: pytest.TempPathFactory, updates: list[RankBatch], given_groups: list[RolloutGroup]
 ) -> None:

@@ -1,6 +1,7 @@
 """Both ends of the transport over host memory: `HostSender` and `Seat`, mapped and over real gloo broadcasts."""
 
-import json
+import multiprocessing
+import os
 import subprocess
 import sys
 import time
@@ -8,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from pipelinerl.errors import WeightSyncError
 from pipelinerl.weights.digest import digest
 from pipelinerl.weights.host_sender import HostSender
-from pipelinerl.weights.manifest import Manifest, offsets
+from pipelinerl.weights.manifest import Manifest, Placed, offsets
 from pipelinerl.weights.places import Place, assign
 from pipelinerl.weights.seat import Seat
 from pipelinerl.weights.segment import Address, Segment, node_name
@@ -199,37 +201,35 @@ def test_a_tied_weight_is_sent_once_and_sizes_are_those_of_the_tensors() -> None
     assert size == 1616 and layout[0].names == "parameters odd to scale" and layout[1].names == "parameter turned"
 
 
-# Processes that die: each is a member in a process of its own, which takes or sends one bucket and is gone.
-MEMBER = """
-import json, os, sys
-from pipelinerl.weights.places import Place
-from pipelinerl.weights.seat import Seat
-from pipelinerl.weights.manifest import Manifest
-info, place, manifest = map(json.loads, sys.argv[1:])
-seat = Seat("worker 0", Place.from_dict(place), info, info["nbytes"])
-first = Manifest.from_dict(manifest).layout()[0][0]
-seat._group.broadcast(seat._segment.content[first.start : first.end]).wait()
-os._exit(1)
-"""
-SENDER = """
-import json, os, sys, time
-import torch
-from torch import nn
-from pipelinerl.weights import host_sender
-from pipelinerl.weights.host_sender import HostSender
-from tests.unit.test_host_transport import four_buckets
-sender = HostSender(four_buckets(), 60.0)
-print(json.dumps(sender.listen("127.0.0.1")), flush=True)
-sender.connect(int(sys.argv[1]))
-copy = sender._copy
-def dies(bucket, placed):
-    if placed.start:
-        time.sleep(0.3)  # gloo has its own threads: let the first bucket leave
-        os._exit(1)
-    copy(bucket, placed)
-sender._copy = dies
-sender.send(0)
-"""
+# Processes that die. They are forks of a server that has imported torch once.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["pipelinerl.weights.seat", "tests.unit.test_host_transport"])
+
+
+def run_member(info: dict[str, Any], place: dict[str, Any], manifest: dict[str, Any]) -> None:
+    """Joins, takes one bucket, and is gone."""
+    seat = Seat("worker 0", Place.from_dict(place), info, info["nbytes"])
+    first = Manifest.from_dict(manifest).layout()[0][0]
+    assert seat._group is not None
+    seat._group.broadcast(seat._segment.content[first.start : first.end]).wait()
+    os._exit(1)
+
+
+def run_sender(pipe: Connection, world_size: int) -> None:
+    """Says where it listens, sends one bucket, and is gone."""
+    sender = HostSender(four_buckets(), TIMEOUT_S)
+    pipe.send(sender.listen("127.0.0.1") | {"world_size": world_size})
+    sender.connect(world_size)
+    copy: Any = sender._copy
+
+    def copy_or_die(bucket: Bucket, placed: Placed) -> None:
+        if placed.start:
+            time.sleep(0.3)  # gloo has its own threads: let the first bucket leave
+            os._exit(1)
+        copy(bucket, placed)
+
+    sender._copy = copy_or_die  # type: ignore[method-assign]
+    sender.send(0)
 
 
 def test_a_receiver_that_dies_in_a_broadcast_is_an_error_and_no_hang() -> None:
@@ -237,8 +237,8 @@ def test_a_receiver_that_dies_in_a_broadcast_is_an_error_and_no_hang() -> None:
     sender = HostSender(source, TIMEOUT_S)
     info = sender.listen("127.0.0.1") | {"world_size": 2}
     [[place]], _ = assign([["there"]])
-    arguments = [json.dumps(part) for part in (info, place, source.manifest.to_dict())]
-    process = subprocess.Popen([sys.executable, "-c", MEMBER, *arguments], stdout=subprocess.DEVNULL)
+    process = FORKS.Process(target=run_member, args=(info, place, source.manifest.to_dict()))
+    process.start()
     try:
         sender.connect(2)
         started = time.monotonic()
@@ -246,30 +246,24 @@ def test_a_receiver_that_dies_in_a_broadcast_is_an_error_and_no_hang() -> None:
         with pytest.raises(WeightSyncError, match=r"trainer rank 0: .* at parameter [1-3]\.weight"):
             sender.send(1)
         assert time.monotonic() - started < TIMEOUT_S / 2  # by the broken connection, long before the timeout
-        with party_again(sender, ["there"]) as (threads, [seat]):
-            taking = threads.submit(received, seat, source.manifest, 0)
+        with ThreadPoolExecutor(1) as threads:
+            made = Party(sender, threads, [])
+            made.join(["there"])  # the next epoch
+            [receiving] = made.receive(source.manifest)
             digests = sender.send(0)
-            assert [digest(tensor) for tensor in taking.result(TIMEOUT_S).values()] == digests
+            assert [digest(tensor) for tensor in receiving.result(TIMEOUT_S).values()] == digests
     finally:
         process.kill()
-        process.wait()
-
-
-@contextmanager
-def party_again(sender: HostSender, nodes: list[str]) -> Iterator[tuple[ThreadPoolExecutor, list[Seat]]]:
-    """Receivers in the next epoch of a sender."""
-    with ThreadPoolExecutor(len(nodes)) as threads:
-        made = Party(sender, threads, [])
-        made.join(nodes)
-        yield threads, made.seats
+        process.join()
 
 
 @pytest.mark.parametrize(("node", "world_size"), [("", 1), ("there", 2)])
 def test_a_sender_that_dies_is_noticed_at_once(node: str, world_size: int) -> None:
-    process = subprocess.Popen([sys.executable, "-c", SENDER, str(world_size)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
+    here, there = FORKS.Pipe()
+    process = FORKS.Process(target=run_sender, args=(there, world_size))
+    process.start()
     try:
-        info = json.loads(process.stdout.readline()) | {"world_size": world_size}
+        info = here.recv()
         [[place]], _ = assign([[node]])
         seat = Seat("worker 0", Place.from_dict(place), info, info["nbytes"])
         taking = seat.receive(four_buckets().manifest, 0)
@@ -280,7 +274,7 @@ def test_a_sender_that_dies_is_noticed_at_once(node: str, world_size: int) -> No
         assert time.monotonic() - started < TIMEOUT_S / 2
     finally:
         process.kill()
-        process.wait()
+        process.join()
 
 
 @pytest.mark.parametrize("node", ["", "there"])
@@ -342,25 +336,26 @@ def test_a_collective_source_is_run_to_its_end_when_a_receiver_fails() -> None:
 
 # Segments
 
-READER = """
-import json, sys
-from pipelinerl.weights.segment import Address, Segment, node_name
-segment = Segment.open(Address(**json.loads(sys.argv[1])))
-print(json.dumps([node_name(), None if segment is None else segment.content.tolist()]))
-"""
+
+def read_segment(pipe: Connection, address: Address) -> None:
+    segment = Segment.open(address)
+    pipe.send((node_name(), None if segment is None else segment.content.tolist()))
 
 
-def read_in_another_process(address: Address) -> Any:
-    done = subprocess.run(
-        [sys.executable, "-c", READER, json.dumps(address.to_dict())], capture_output=True, text=True, check=True
-    )
-    return json.loads(done.stdout)
+def hold_segment(pipe: Connection) -> None:
+    segment = Segment.create(2**20)
+    pipe.send(segment.address)
+    time.sleep(TIMEOUT_S)
 
 
 def test_another_process_of_the_node_maps_a_segment_and_nothing_else() -> None:
     segment = Segment.create(5)
     segment.content.copy_(torch.arange(5, dtype=torch.uint8))
-    assert read_in_another_process(segment.address) == [node_name(), [0, 1, 2, 3, 4]]
+    here, there = FORKS.Pipe()
+    process = FORKS.Process(target=read_segment, args=(there, segment.address))
+    process.start()
+    assert here.recv() == (node_name(), [0, 1, 2, 3, 4])
+    process.join()
     address = segment.address
     for wrong in (
         Address(address.pid, address.fd, 6, address.token),
@@ -373,40 +368,27 @@ def test_another_process_of_the_node_maps_a_segment_and_nothing_else() -> None:
 
 def test_a_segment_is_gone_with_its_last_process() -> None:
     """Also of one that is killed: no name is left behind in the file system."""
-    script = """
-import json, os, time
-from pipelinerl.weights.segment import Segment
-segment = Segment.create(2**20)
-print(json.dumps(segment.address.to_dict()), flush=True)
-time.sleep(60)
-"""
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    address = Address(**json.loads(process.stdout.readline()))
+    here, there = FORKS.Pipe()
+    process = FORKS.Process(target=hold_segment, args=(there,))
+    process.start()
+    address = here.recv()
     mapped = Segment.open(address)
     assert mapped is not None
     process.kill()
-    process.wait()
+    process.join()
     assert Segment.open(address) is None
     mapped.content.fill_(1)  # who has it mapped keeps it
     assert int(mapped.content.sum()) == 2**20
 
 
-def test_the_trainer_can_import_its_end_without_vllm() -> None:
-    script = """
-import sys
-import pipelinerl.weights.sender
-print([name for name in ("vllm", "ray", "deepspeed", "transformers") if name in sys.modules])
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
-def test_the_driver_can_import_its_end_without_torch() -> None:
+def test_what_either_end_imports() -> None:
+    """The driver no torch, the trainer no vLLM."""
     script = """
 import sys
 import pipelinerl.weights.publisher
 print([name for name in ("vllm", "ray", "torch") if name in sys.modules])
+import pipelinerl.weights.sender
+print([name for name in ("vllm", "ray", "deepspeed", "transformers") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.split() == ["[]", "[]"]

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelinerl.metrics.intervals import Estimate, Values, mean_interval, paired_difference, student_quantile
@@ -95,6 +95,7 @@ def test_differences_of_other_rewards_get_students_interval() -> None:
     assert found == mean_interval(np.array([1.0, 2.0, 3.0]), 3)
 
 
+@settings(deadline=None)  # a busy machine
 @given(SHARES, st.integers(1, 8))
 def test_an_interval_of_shares_holds_its_mean_within_0_and_1_in_any_order(values: list[float], samples: int) -> None:
     outcomes = samples * len(values)
@@ -106,6 +107,7 @@ def test_an_interval_of_shares_holds_its_mean_within_0_and_1_in_any_order(values
     assert mirrored.low == pytest.approx(1 - found.high, abs=1e-6)
 
 
+@settings(deadline=None)  # a busy machine
 @given(SHARES, st.integers(0, 2**32 - 1))
 def test_a_difference_lies_in_its_interval_and_changes_sign_with_the_order(values: list[float], seed: int) -> None:
     before, after = np.array(values), np.random.default_rng(seed).random(len(values)).round()

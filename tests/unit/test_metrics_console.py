@@ -36,7 +36,7 @@ def test_plain_lines() -> None:
         "starting engines...",
         "eval  step 0  math  accuracy 10.0%",
         "eval  step 0  sort  accuracy 45.3%",
-        "eval  step 9  sort  accuracy 50.0%  gain +5.0% (-1.0% to +11.0%)",
+        "eval  step 9  sort  accuracy 50.0%  gain +5.0 points (-1.0 to +11.0)",
         # no earlier step to measure the pace by: eta = 88 steps * 1.08 s = 95.04 s
         "step  12/100  reward 0.53  lag 1.2 (max 2)  kl 1.2e-03  clip 0.4%  1234 tok/s  1.1 s/step  eta 01:35",
     ]

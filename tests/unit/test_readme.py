@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from pipelinerl.commands.replay import main as replay
 from pipelinerl.commands.train import KNOBS
 from pipelinerl.config.load import load_config
+from pipelinerl.errors import DataError
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -24,7 +26,7 @@ def test_every_command_is_one_that_a_test_knows() -> None:
     kinds = ("pipelinerl train", "pipelinerl plan", "pipelinerl parity", "pipelinerl eval", "pipelinerl make-tiny")
     kinds += ("./scripts/", "pipelinerl replay outputs/", "jq -c ")
     kinds += (".venv/bin/python scripts/parity_ablation.py", ".venv/bin/python scripts/objectives.py")
-    kinds += (".venv/bin/python scripts/bench/",)
+    kinds += (".venv/bin/python scripts/bench/", "pipelinerl replay", "jq -c")
     assert [command for command in shown_commands() if not command.startswith(kinds)] == []
 
 
@@ -38,6 +40,13 @@ def test_every_command_is_one_that_a_test_knows() -> None:
 )
 def test_every_command_with_settings_composes(command: str) -> None:
     load_config([word for word in shlex.split(command)[2:] if not word.startswith("--")])
+
+
+@pytest.mark.parametrize("command", [c for c in shown_commands() if c.startswith("pipelinerl replay")])
+def test_every_replay_command_is_well_formed(command: str, tmp_path: Path) -> None:
+    _, _, run, *options = shlex.split(command)
+    with pytest.raises(DataError, match=r"journal\.jsonl"):  # the run is not here, and nothing else is wrong
+        replay([str(tmp_path / run), *options])
 
 
 @pytest.mark.parametrize("script", sorted({c.split()[0] for c in shown_commands() if c.startswith("./scripts/")}))
