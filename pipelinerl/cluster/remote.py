@@ -21,7 +21,7 @@ import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from pipelinerl.cluster.lifeline import end_with_parent
+from pipelinerl.cluster.lifeline import agents_of_raylet, end_with_parent
 from pipelinerl.cluster.pinning import Cores, pin_this_process
 from pipelinerl.cluster.waiting import noted
 from pipelinerl.errors import PipelineRLError, Stalled, TrainerLost, WorkerDied, WorkerFailed, first_line
@@ -45,7 +45,7 @@ class _Host:
 
     def __init__(self, target: str, log_path: str, args: tuple[Any, ...], cores: Cores | None):
         _log_to(Path(log_path))
-        end_with_parent()
+        end_with_parent(also=agents_of_raylet())
         answer_stack_requests(Path(log_path).parent / STACKS, Path(log_path).stem)
         _talk_over_the_nodes_interface()
         if cores is not None:  # before the threads of torch and vLLM
