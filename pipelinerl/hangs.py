@@ -15,8 +15,8 @@ from pipelinerl.cluster.fleet import Fleet
 from pipelinerl.cluster.hang_report import write_hang_report
 from pipelinerl.cluster.waiting import open_calls
 from pipelinerl.errors import Stalled, first_line
-from pipelinerl.loop import Run
 from pipelinerl.stacks import FOLDER, answer_stack_requests
+from pipelinerl.training.state import Run
 
 
 class HangReports:

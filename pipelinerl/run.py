@@ -20,7 +20,7 @@ from pipelinerl.config.preflight import with_absolute_paths
 from pipelinerl.config.schema import RunConfig
 from pipelinerl.errors import EXIT_BUG, EXIT_DONE, DataError, EnvironmentProblem, TrainerLost, first_line
 from pipelinerl.hangs import HangReports
-from pipelinerl.loop import Run, tell_about_fleet, train
+from pipelinerl.loop import train
 from pipelinerl.metrics.console import Console
 from pipelinerl.metrics.history import History
 from pipelinerl.metrics.journal import Journal
@@ -41,6 +41,8 @@ from pipelinerl.session import Session, open_session, until_done_or_signal
 from pipelinerl.tasks.base import Task
 from pipelinerl.tasks.registry import build_task
 from pipelinerl.tasks.stream import ProblemStream
+from pipelinerl.training.checks import tell_about_fleet
+from pipelinerl.training.state import Run
 
 
 def run(config: RunConfig) -> int:

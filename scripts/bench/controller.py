@@ -33,13 +33,14 @@ from pipelinerl.checkpoint.store import FOLDER, CheckpointStore
 from pipelinerl.cluster.fleet import Fleet
 from pipelinerl.concurrency import background
 from pipelinerl.config.schema import RunConfig
-from pipelinerl.loop import Finished, Run, train
+from pipelinerl.loop import train
 from pipelinerl.metrics.history import History
 from pipelinerl.metrics.log import MetricsLog
 from pipelinerl.metrics.rollouts import RolloutWriter
 from pipelinerl.rollout.buffer import GroupBuffer
 from pipelinerl.tasks.registry import build_task
 from pipelinerl.tasks.stream import ProblemStream
+from pipelinerl.training.state import Finished, Run
 from pipelinerl.types import (
     Completion,
     GroupMeta,

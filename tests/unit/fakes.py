@@ -17,7 +17,6 @@ from pipelinerl.checkpoint.manifest import FileRecord, secured
 from pipelinerl.checkpoint.saver import Saver
 from pipelinerl.checkpoint.store import FOLDER, CheckpointStore
 from pipelinerl.config.schema import RunConfig
-from pipelinerl.loop import Finished, Run
 from pipelinerl.metrics.history import History
 from pipelinerl.metrics.log import MetricsLog
 from pipelinerl.metrics.rollouts import RolloutWriter
@@ -25,6 +24,7 @@ from pipelinerl.rollout.buffer import GroupBuffer
 from pipelinerl.rollout.ledger import Ledger
 from pipelinerl.tasks.base import Env, Grade, Split
 from pipelinerl.tasks.stream import ProblemStream
+from pipelinerl.training.state import Finished, Run
 from pipelinerl.types import (
     Completion,
     GroupMeta,

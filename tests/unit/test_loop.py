@@ -18,6 +18,8 @@ from pipelinerl.metrics.log import read_metrics
 from pipelinerl.metrics.rollouts import read_rollouts
 from pipelinerl.rollout.ledger import Ledger
 from pipelinerl.tasks.stream import ProblemStream
+from pipelinerl.training import publishing, steps
+from pipelinerl.training.state import Trained
 from pipelinerl.types import Outcome, Problem, SampleKL
 from tests.unit.fakes import (
     COMPLETION_TOKENS,
@@ -348,14 +350,14 @@ async def test_one_step_off_updates_weights_only_between_batches(tmp_path: Path)
 STREAMED = ("batch.stream=true", "engine.max_model_len=10", "sampling.max_tokens=8", "trainer.micro_batch_tokens=10")
 
 
-async def train_streamed(run: FakeRun) -> list[loop.Trained]:
+async def train_streamed(run: FakeRun) -> list[Trained]:
     """The middle of `train`, step by step."""
     done = []
-    async with asyncio.timeout(SECONDS), background(loop.fill(run), loop.land(run)):
-        await loop.publish(run, first=True)
+    async with asyncio.timeout(SECONDS), background(loop.fill(run), publishing.land(run)):
+        await publishing.publish(run, first=True)
         for step in range(1, run.config.steps + 1):
-            done.append(await loop.stream(run, step))
-            await loop.publish_after(run)
+            done.append(await steps.stream(run, step))
+            await publishing.publish_after(run)
     return done
 
 
