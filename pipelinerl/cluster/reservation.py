@@ -87,13 +87,8 @@ def check_nodes(placement: Placement, logs: Path, inputs: list[str], env: dict[s
     marker = logs / MARKER
     marker.write_text(here)
     try:
-        probe = ray.remote(_probe).options(num_cpus=0, max_retries=0, runtime_env={"env_vars": env})
         calls = {
-            node: probe.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(
-                str(logs), here, inputs
-            )
-            for node in placement.by_node()
-            if node.id != here
+            node: _on(node, env).remote(str(logs), here, inputs) for node in placement.by_node() if node.id != here
         }
         deadline = time.monotonic() + timeout_s
         found = [_answer(node, call, deadline - time.monotonic()) for node, call in calls.items()]
@@ -101,6 +96,13 @@ def check_nodes(placement: Placement, logs: Path, inputs: list[str], env: dict[s
         marker.unlink(missing_ok=True)
     if problems := [line for lines in found for line in lines]:
         raise EnvironmentProblem("\n".join(problems))
+
+
+def _on(node: Node, env: dict[str, str]) -> Any:
+    """`_probe`, to be called on this node."""
+    where = NodeAffinitySchedulingStrategy(node.id, soft=False)
+    options = {"num_cpus": 0, "max_retries": 0, "runtime_env": {"env_vars": env}, "scheduling_strategy": where}
+    return ray.remote(_probe).options(**options)
 
 
 def _answer(node: Node, call: Any, timeout_s: float) -> list[str]:
