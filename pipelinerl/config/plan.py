@@ -50,7 +50,7 @@ def plan(config: RunConfig, gpus: int | None = None) -> Plan:
     return Plan(
         config=config,
         device=device,
-        backend=resolve_backend(config, device),
+        backend=resolve_backend(config, device, gpus),
         gpus_needed=gpus_needed(config) if device == "cuda" else 0,
         gpus_here=gpus,
         samples_per_step=samples,
