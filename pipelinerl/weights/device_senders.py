@@ -7,6 +7,7 @@ so the trainer may change them only when all engines have them: `send` returns t
 import base64
 import json
 import socket
+import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -25,8 +26,9 @@ BUFFERS = 2  # of the packed broadcast, on either side
 class NcclSender:
     """vLLM's packed NCCL broadcast, over a communicator and streams of its own."""
 
-    def __init__(self, source: WeightSource):
+    def __init__(self, source: WeightSource, timeout_s: float):
         self._source = source
+        self._timeout_s = timeout_s
         self._address: tuple[str, int] | None = None
         self._communicator: Any = None
 
@@ -70,6 +72,9 @@ class NcclSender:
             return item[1]
 
         torch.cuda.synchronize()  # the producer packs on streams of its own, which do not wait for the optimizer's
+        # NCCL itself waits for ever for a member that is gone. An aborted communicator ends its wait.
+        late = threading.Timer(self._timeout_s, self.close)
+        late.start()
         try:
             with run_through(self._source) as buckets:
                 packed_nccl_broadcast_producer(
@@ -85,6 +90,13 @@ class NcclSender:
             raise WeightSyncError(
                 f"trainer rank 0: the NCCL broadcast broke off near parameter {last}: {first_line(error)}"
             ) from error
+        finally:
+            late.cancel()
+        if self._communicator is None:
+            raise WeightSyncError(
+                f"trainer rank 0: the NCCL broadcast was not taken by all engine workers within "
+                f"weights.timeout_s={self._timeout_s:g} s; it stood near parameter {last}"
+            )
         return [int(value) for value in digests]
 
     def resend(self, transmission: int) -> None:

@@ -40,4 +40,4 @@ def make_sender(backend: str, source: WeightSource, timeout_s: float, shared_mem
         return HostSender(source, timeout_s, shared_memory)
     from pipelinerl.weights.device_senders import IpcSender, NcclSender
 
-    return NcclSender(source) if backend == "nccl" else IpcSender(source, timeout_s)
+    return NcclSender(source, timeout_s) if backend == "nccl" else IpcSender(source, timeout_s)

@@ -15,7 +15,7 @@ from pipelinerl.metrics.log import read_metrics
 from pipelinerl.rollout.ledger import Ledger
 from tests.e2e.harness import TrainCommand
 
-BOUND_S = 90  # for each recovery; a process of this size takes 10 to 20 s to start on two shared cores
+BOUND_S = 90  # for each recovery; a process takes 10 to 20 s to start on two shared cores
 HANG_S = 8
 
 
