@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -159,14 +160,27 @@ def _init_ray(config: RunConfig) -> None:
         ray.init(address=cluster.address, **common)
     except AuthenticationError as error:
         raise EnvironmentProblem(f"cluster.address={cluster.address}: {_TOKEN_HINT} ({first_line(error)})") from error
-    except ConnectionError as error:
-        raise EnvironmentProblem(f"cluster.address={cluster.address}: no Ray cluster there ({error})") from error
+    except ConnectionError as error:  # what a wrong token ends in too, after 20 seconds
+        why = _TOKEN_HINT if _listens(cluster.address) else "no Ray cluster there"
+        raise EnvironmentProblem(f"cluster.address={cluster.address}: {why} ({first_line(error)})") from error
 
 
 _TOKEN_HINT = (
-    "the cluster did not take this token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the "
+    "the cluster there did not take our token, or we have none: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the "
     "token of the cluster"
 )
+
+
+def _listens(address: str) -> bool:
+    """Whether something takes connections at `host:port`; not known, and so false, of other addresses."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdigit()):
+        return False
+    try:
+        socket.create_connection((host, int(port)), timeout=3).close()
+    except OSError:
+        return False
+    return True
 
 
 def _forwarded() -> dict[str, str]:

@@ -112,32 +112,15 @@ def test_ranks_are_packed_engines_spread_and_none_left(
         run.close()
 
 
-@pytest.mark.parametrize(
-    ("token", "overrides", "message"),
-    [
-        ("f" * 64, [], "the cluster did not take this token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN"),
-        (
-            TOKEN,
-            ["engine.tensor_parallel=3", "engine.count=200", "trainer.ranks=1", "cluster.placement_timeout_s=2"],
-            "within cluster.placement_timeout_s=2: ",
-        ),
-    ],
-    ids=["wrong token", "no room"],
-)
-def test_what_keeps_a_run_from_starting_is_said(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    random_model: Path,
-    nodes: Nodes,
-    token: str,
-    overrides: list[str],
-    message: str,
+def test_a_wrong_token_keeps_a_run_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, random_model: Path, nodes: Nodes
 ) -> None:
-    run = start(tmp_path, monkeypatch, random_model, nodes.address, token, *overrides)
+    run = start(tmp_path, monkeypatch, random_model, nodes.address, "f" * 64)
     try:
         assert run.exit_code(120) == EXIT_ENVIRONMENT, run.output
         errors = [line for line in run.output.splitlines() if line.startswith("pipelinerl: error:")]
-        assert len(errors) == 1 and message in errors[0], run.output
+        hint = "the cluster there did not take our token, or we have none: set RAY_AUTH_MODE=token"
+        assert len(errors) == 1 and hint in errors[0], run.output
         assert nodes.started() == [] and run.leftovers() == []
     finally:
         run.close()

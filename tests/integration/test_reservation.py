@@ -1,6 +1,8 @@
 """What a Ray cluster is asked and what its nodes have to show, without a cluster: Ray's answers are given."""
 
+import asyncio
 import errno
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +12,9 @@ import ray
 
 from pipelinerl.cluster import ray_cluster, remote, reservation
 from pipelinerl.config.inventory import Node
+from pipelinerl.config.schema import RunConfig
+from pipelinerl.errors import EnvironmentProblem
+from tests.integration.models import run_config
 
 
 def answers(monkeypatch: pytest.MonkeyPatch, nodes: list[dict[str, Any]], free: dict[str, dict[str, float]]) -> None:
@@ -63,12 +68,59 @@ def test_a_node_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert reservation._probe(str(tmp_path), "driver", []) == [f"cannot write into {tmp_path}: Read-only file system"]
 
 
+def test_a_port_that_takes_connections_is_told_from_one_that_does_not() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        assert ray_cluster._listens(address)
+    assert not ray_cluster._listens(address)
+    assert not ray_cluster._listens("auto")
+
+
 def test_workers_elsewhere_get_the_drivers_settings_and_none_of_its_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HF_HOME", "NCCL_SOCKET_IFNAME", "HF_TOKEN", "VLLM_API_KEY", "AWS_PROFILE", "RAY_AUTH_TOKEN"):
         monkeypatch.setenv(name, name.lower())
     forwarded = ray_cluster._forwarded()
     assert forwarded["HF_HOME"] == "hf_home" and forwarded["NCCL_SOCKET_IFNAME"] == "nccl_socket_ifname"
     assert not {"HF_TOKEN", "VLLM_API_KEY", "AWS_PROFILE", "RAY_AUTH_TOKEN"} & forwarded.keys()
+
+
+def joined(timeout_s: float) -> RunConfig:
+    """Two ranks and two engines on a cluster that is joined."""
+    cluster = {"address": "10.0.0.1:6379", "placement_timeout_s": timeout_s}
+    return run_config(Path("a/model"), trainer={"ranks": 2}, engine={"count": 2}, cluster=cluster)
+
+
+async def test_room_that_lacks_is_waited_for_and_then_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers(monkeypatch, [alive("driver", "10.0.0.1", CPU=0.0)], {"driver": {}})
+    expected = (
+        r"^no room in the cluster at 10\.0\.0\.1:6379 within cluster\.placement_timeout_s=0\.2: 4 processes find no room "
+        r"on cores, at least 0\.01 of one for each: node 10\.0\.0\.1 has 0$"
+    )
+    with pytest.raises(EnvironmentProblem, match=expected):
+        await reservation.reserve(joined(0.2), "cpu")
+
+
+async def test_a_node_that_comes_late_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes, free = [alive("driver", "10.0.0.1")], {"driver": dict[str, float]()}
+    answers(monkeypatch, nodes, free)
+    monkeypatch.setattr(reservation, "RETRY_S", 0.05)
+    asked: list[Any] = []
+
+    class Group:
+        def __init__(self, bundles: Any, strategy: str, bundle_label_selector: Any):
+            asked.append((bundles, bundle_label_selector))
+
+        async def ready(self) -> None: ...
+
+    monkeypatch.setattr(reservation, "placement_group", Group)
+    waiting = asyncio.create_task(reservation.reserve(joined(30), "cpu"))
+    await asyncio.sleep(0.2)
+    assert not waiting.done() and asked == []
+    nodes.append(alive("late", "10.0.0.2", CPU=8))
+    free["late"] = {"CPU": 8.0}
+    placement, seats = await waiting
+    assert [(seat.process, seat.bundle) for seat in seats] == list(zip(placement.processes, range(4), strict=True))
+    assert asked == [([{"CPU": 1.0}] * 4, [{"ray.io/node-id": "late"}] * 4)]
 
 
 @pytest.mark.parametrize(("address", "chosen"), [("10.1.2.3", "ib0"), ("127.0.0.1", "lo"), ("10.9.9.9", None)])
