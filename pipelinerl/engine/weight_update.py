@@ -11,6 +11,8 @@ update has reached it. Sequences wait, none is aborted (engine.update_pause=keep
 """
 
 import asyncio
+import json
+import socket
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -24,7 +26,9 @@ from pipelinerl.config.schema import EngineConfig
 from pipelinerl.errors import VerificationFailed, WeightSyncError, WorkerDied, first_line
 
 NAMED = 3  # parameters that a failed update names; the others are counted
-POLL_S = 0.004  # between two questions how far the workers are; each is answered between two steps
+SILENCE_S = 0.5  # without news of the workers, after which they are asked; they answer between two steps only
+
+TRANSPORT = "joining or leaving the weight transport"
 
 Times = dict[str, float]
 
@@ -106,8 +110,8 @@ class _Update:
         return {"params_read_back": 1 - len(not_read_back) / max(len(names), 1)}
 
     @asynccontextmanager
-    async def _errors_of(self, version: int) -> AsyncIterator[None]:
-        """Whatever vLLM raises in an update, as our own error."""
+    async def _errors_of(self, what: str) -> AsyncIterator[None]:
+        """Whatever vLLM raises meanwhile, as our own error."""
         try:
             yield
         except EngineDeadError as error:
@@ -118,68 +122,94 @@ class _Update:
             raise
         except Exception as error:
             raise WeightSyncError(
-                f"engine {self._index}: the update to version {version} did not complete and the engine "
-                f"{self.now}: {type(error).__name__}: {first_line(error)}"
+                f"engine {self._index}: {what} did not complete and the engine {self.now}: "
+                f"{type(error).__name__}: {first_line(error)}"
             ) from error
 
 
 class StagedUpdate(_Update):
     """See pipelinerl/weights/gloo.py, whose methods it calls in the workers."""
 
+    _numbers = 0
+    _reports: socket.socket | None = None
+
     async def connect(self, init_info: dict[str, Any]) -> None:
         """`init_info` has the `places` of the workers, the `nbytes` of an update, and where the trainer listens."""
         info = {key: value for key, value in init_info.items() if key not in ("places", "nbytes")}
-        async with self._errors_of(version=-1):
-            await self._rpc("weights_join", info, init_info["places"], init_info["nbytes"])
-            await self._until_done("connecting")
+        async with self._errors_of(TRANSPORT):
+            await self._until_done(TRANSPORT, "weights_join", info, init_info["places"], init_info["nbytes"])
 
     async def disconnect(self) -> None:
-        async with self._errors_of(version=-1):
+        async with self._errors_of(TRANSPORT):
             await self._rpc("weights_leave")
 
     async def receive(self, update_info: dict[str, Any], version: int) -> Times:
         """Seconds: `transfer_s` waiting for bytes, `load_s` preparing them."""
         info = dict(update_info)
         transmission = info.pop("transmission")
-        async with self._errors_of(version):
-            await self._rpc("weights_receive", info, transmission, version, self._config.enforce_eager, self._canary)
-            return await self._until_done(f"the update to version {version}")
+        async with self._errors_of(update_to(version)):
+            what = info, transmission, version, self._config.enforce_eager, self._canary
+            return await self._until_done(update_to(version), "weights_receive", *what)
 
     async def commit(self, version: int, names: Sequence[str], digests: Sequence[int]) -> Times:
         names, digests = list(names), list(digests)
-        times: Times = {"canary_s": 0.0}
-        async with self._errors_of(version):
+        times: Times = {}
+        async with self._errors_of(update_to(version)):
+            # What is sent together the core works off in this order, without waiting for us in between.
             if self._canary and self._config.enforce_eager:
-                start = time.perf_counter()
-                self._judge(version, await self._rpc("canary_arrived", names, digests))
-                times["canary_s"] += time.perf_counter() - start
-            times["drain_s"] = await self._pause()
+                times |= await self._pause_if_arrived(version, names, digests)
+            else:
+                times["drain_s"] = await self._pause()
             start = time.perf_counter()
-            # Not one after the other: the core works them off in this order, without waiting for us in between.
-            exchange = self._rpc("weights_exchange", version)
-            label = self._llm.update_weight_version(str(version))
-            await asyncio.gather(exchange, label)
-            exchanged = time.perf_counter()
-            times["exchange_s"] = exchanged - start
+            calls = [self._rpc("weights_exchange", version), self._llm.update_weight_version(str(version))]
             if self._canary:
-                found = await self._rpc("canary_check", names, digests)
-                times["canary_s"] += time.perf_counter() - exchanged
-                times |= self._verified(version, names, found)
+                calls.append(self._rpc("canary_check", names, digests))
+            results = await asyncio.gather(*calls)
+            times["exchange_s"] = time.perf_counter() - start
+            if self._canary:
+                times |= self._verified(version, names, results[-1])
+                times["canary_s"] = max(of_rank["check_s"] for of_rank in results[-1])
         return times
 
-    async def _until_done(self, what: str) -> Times:
-        """Ask until all workers are done. Raises WeightSyncError with the words of the first that failed."""
+    async def _pause_if_arrived(self, version: int, names: list[str], digests: list[int]) -> Times:
+        """Pause, unless what has arrived is not what was sent: then the engine goes on as it did."""
+        stood_still = self._paused_at is not None
+        drained, ranks = await asyncio.gather(self._pause(), self._rpc("canary_arrived", names, digests))
+        if any(ranks) and not stood_still:
+            await self.resume()
+        self._judge(version, ranks)
+        return {"drain_s": drained}
+
+    async def _until_done(self, what: str, method: str, *args: Any) -> Times:
+        """Call a method that starts a thread in every worker, and wait for the ends of the threads.
+
+        Returns the times of the slowest. Raises WeightSyncError with the words of the first that failed.
+        """
+        self._numbers += 1
+        if self._reports is None:
+            self._reports = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+            self._reports.bind("")  # to a name of the kernel's choice that is in no file system
+        await self._rpc(method, *args, bytes(self._reports.getsockname()).hex(), self._numbers)
+        done: dict[int, Times] = {}
         while True:
-            states = await self._rpc("weights_state")
-            for rank, state in enumerate(states):
-                if state["done"] and state["error"]:
+            for rank, state in await self._news():
+                if state["error"]:
                     raise WeightSyncError(
                         f"engine {self._index} worker {rank}: {what} failed and the engine {self.now}: {state['error']}"
                     )
-            if all(state["done"] for state in states):
-                kinds = [state["times"] for state in states]
-                return {key: max(times[key] for times in kinds) for key in kinds[0]}
-            await asyncio.sleep(POLL_S)
+                done[rank] = state["times"]
+            if len(done) == self._config.tensor_parallel:
+                return {key: max(times[key] for times in done.values()) for key in done[0]}
+
+    async def _news(self) -> list[tuple[int, dict[str, Any]]]:
+        """Workers that are done, with what their threads report."""
+        assert self._reports is not None
+        try:
+            async with asyncio.timeout(SILENCE_S):
+                report = json.loads(await asyncio.get_running_loop().sock_recv(self._reports, 2**16))
+        except TimeoutError:  # the engine may be gone, or may have been told to leave
+            return [(rank, state) for rank, state in enumerate(await self._rpc("weights_state")) if state["done"]]
+        return [(report["rank"], report)] if report["number"] == self._numbers else []
 
     async def _rpc(self, method: str, *args: Any) -> list[Any]:
         found: list[Any] = await self._llm.collective_rpc(method, args=args)
@@ -192,19 +222,19 @@ class PausedUpdate(_Update):
     _loaded: tuple[int, Times] | None = None
 
     async def connect(self, init_info: dict[str, Any]) -> None:
-        async with self._errors_of(version=-1):
+        async with self._errors_of(TRANSPORT):
             await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info))
 
     async def disconnect(self) -> None:
         """An update that broke off may have left the session open, in which vLLM would refuse to leave."""
-        async with self._errors_of(version=-1):
+        async with self._errors_of(TRANSPORT):
             await self._llm.collective_rpc("weights_close_session")
             await self._llm.shutdown_weight_transfer_engine()
 
     async def receive(self, update_info: dict[str, Any], version: int) -> Times:
         """Seconds: `drain_s` and `transfer_s`, which includes loading."""
         self._loaded = None
-        async with self._errors_of(version):
+        async with self._errors_of(update_to(version)):
             times = {"drain_s": await self._pause()}
             if self._canary:
                 await self._llm.collective_rpc("canary_begin", args=(version,))
@@ -222,13 +252,18 @@ class PausedUpdate(_Update):
         times = dict(loaded[1])
         if self._canary:
             start = time.perf_counter()
-            async with self._errors_of(version):
+            async with self._errors_of(update_to(version)):
                 found = await self._llm.collective_rpc("canary_check", args=(list(names), list(digests)))
                 times |= self._verified(version, names, found)
             recording_s = max(of_rank["seconds"] for of_rank in found)
             times["canary_s"] = recording_s + time.perf_counter() - start
             times["transfer_s"] -= recording_s
         return times
+
+
+def update_to(version: int) -> str:
+    """For an error message."""
+    return f"the update to version {version}"
 
 
 def wrong_on_any(ranks: Sequence[Mapping[str, str]]) -> list[str]:

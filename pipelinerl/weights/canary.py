@@ -90,6 +90,7 @@ class Canary:
 
         `names` and `digests` are those of the trainer.
         """
+        start = time.perf_counter()
         recording = self._stop_listening()
         assert recording is not None, "begin comes first"
         wrong = _not_as_sent(recording, names, digests)
@@ -98,7 +99,8 @@ class Canary:
         if not wrong:
             self._last_good = recording
         not_read_back = [name for name in names if name in recording.unread]
-        return {"wrong": wrong, "not_read_back": not_read_back, "seconds": recording.seconds}
+        seconds = {"seconds": recording.seconds, "check_s": time.perf_counter() - start}
+        return {"wrong": wrong, "not_read_back": not_read_back} | seconds
 
     def _stop_listening(self) -> Recording | None:
         recording, self._recording = self._recording, None

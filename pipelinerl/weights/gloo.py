@@ -2,7 +2,8 @@
 
     start("join")     a thread takes the worker's seat in the transport
     start("receive")  a thread receives an update and prepares it beside the running model
-    state()           how far that is; the driver's side asks between steps
+                      either reports its end through a socket, since a question is answered between two steps only
+    state()           how far that is, for who has heard nothing for long
     arrived(...)      what is wrong with what was received; nothing has been loaded by then
     exchange()        while generation is paused: the model takes the update, and the canary reads it back
 
@@ -11,10 +12,13 @@ factory (engine/extension.py does so, before the worker makes its transfer engin
 use with it: they receive in the thread that steps.
 """
 
+import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,8 +78,6 @@ class Update:
 
     version: int
     loading: Loading
-    transfer_s: float = 0.0  # spent waiting for bytes
-    load_s: float = 0.0  # spent loading them beside the running model
 
 
 @dataclass
@@ -83,6 +85,7 @@ class Task:
     """Work in a thread that may be kept waiting. Dropped, it ends by itself and its result goes nowhere."""
 
     run: Callable[[], None] | None
+    report: "Report"
     error: str | None = None
     done: threading.Event = field(default_factory=threading.Event)
 
@@ -100,6 +103,22 @@ class Task:
         except Exception as error:  # whatever vLLM's loaders raise must reach the driver
             self.error = f"{type(error).__name__}: {first_line(error)}"
         self.done.set()
+        self.report.send(self.error)
+
+
+@dataclass
+class Report:
+    """Where the process that holds the engine waits for the end of a task; `number` says which task."""
+
+    address: str  # of a Unix socket, as hex
+    number: int
+    rank: int
+    times: dict[str, float] = field(default_factory=dict)
+
+    def send(self, error: str | None) -> None:
+        content = {"number": self.number, "rank": self.rank, "error": error, "times": self.times}
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:  # it may be gone
+            sender.sendto(json.dumps(content).encode(), bytes.fromhex(self.address))
 
 
 class StagedUpdates:
@@ -120,7 +139,9 @@ class StagedUpdates:
             return f"{node_name()}/{os.getpid()}"
         return "" if Segment.open(Address(**segment)) else node_name()
 
-    def weights_join(self, init_info: dict[str, Any], places: list[dict[str, Any]], nbytes: int) -> None:
+    def weights_join(
+        self, init_info: dict[str, Any], places: list[dict[str, Any]], nbytes: int, address: str, number: int
+    ) -> None:
         """Take a seat; `places` are those of the workers of this engine."""
         transfer = self.weight_transfer_engine
         transfer.shutdown()  # an epoch before
@@ -131,11 +152,18 @@ class StagedUpdates:
             if transfer.task is task:  # still wanted
                 transfer.seat = seat
 
-        task = transfer.task = Task(join)
+        task = transfer.task = Task(join, Report(address, number, self.rank))
         task.start("weights-join")
 
     def weights_receive(
-        self, update_info: dict[str, Any], transmission: int, version: int, eager: bool, canary: bool
+        self,
+        update_info: dict[str, Any],
+        transmission: int,
+        version: int,
+        eager: bool,
+        canary: bool,
+        address: str,
+        number: int,
     ) -> None:
         """Receive and prepare an update."""
         transfer = self.weight_transfer_engine
@@ -145,27 +173,28 @@ class StagedUpdates:
             watch = lambda door: self._weight_canary().begin(version, door)  # noqa: E731
         loading_class = TwinLoading if eager else LayerwiseLoading
         loading = loading_class(self.get_model(), self.vllm_config.model_config, watch)
-        update, buckets = Update(version, loading), transfer.seat.receive(Manifest.from_dict(update_info), transmission)
+        update, waited, report = Update(version, loading), [0.0], Report(address, number, self.rank)
+        buckets = transfer.seat.receive(Manifest.from_dict(update_info), transmission)
 
         def receive() -> None:
             start = time.perf_counter()
-            loading.prepare(_timed(buckets, update))
-            update.load_s = time.perf_counter() - start - update.transfer_s
+            loading.prepare(_timed(buckets, waited))
+            report.times["transfer_s"] = waited[0]
+            report.times["load_s"] = time.perf_counter() - start - waited[0]
             if transfer.task is task:
                 transfer.update = update
 
         transfer.update = None
-        task = transfer.task = Task(receive)
+        task = transfer.task = Task(receive, report)
         task.start("weights-receive")
 
     def weights_state(self) -> dict[str, Any]:
         """Whether the thread is done, and what became of it."""
         transfer = self.weight_transfer_engine
-        task, update = transfer.task, transfer.update
+        task = transfer.task
         if task is None:
-            return {"done": True, "error": f"{self._weights_name()} was told to leave the transport"}
-        times = {} if update is None else {"transfer_s": update.transfer_s, "load_s": update.load_s}
-        return {"done": task.done.is_set(), "error": task.error, "times": times}
+            return {"done": True, "error": f"{self._weights_name()} was told to leave the transport", "times": {}}
+        return {"done": task.done.is_set(), "error": task.error, "times": task.report.times}
 
     def weights_exchange(self, version: int) -> None:
         """Make the model compute with the update. Generation must stand still."""
@@ -185,12 +214,12 @@ class StagedUpdates:
 
 
 def _timed(
-    buckets: Iterator[tuple[Sequence[Parameter], Tensor]], update: Update
+    buckets: Iterator[tuple[Sequence[Parameter], Tensor]], waited: list[float]
 ) -> Iterator[tuple[Sequence[Parameter], Tensor]]:
     while True:
         start = time.perf_counter()
         item = next(buckets, None)
-        update.transfer_s += time.perf_counter() - start
+        waited[0] += time.perf_counter() - start
         if item is None:
             return
         yield item

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.reload.meta import to_meta_tensor
@@ -67,7 +66,7 @@ class Twin:
             vars(double).update(
                 _parameters={name: self._fresh(t, module, double, True) for name, t in module._parameters.items()},
                 _buffers={name: self._fresh(t, module, double, loadable) for name, t in module._buffers.items()},
-                _modules={name: child and self._double(child) for name, child in module._modules.items()},
+                _modules={name: None if m is None else self._double(m) for name, m in module._modules.items()},
                 _non_persistent_buffers_set=set(module._non_persistent_buffers_set),
             )
         return self._of_module[module]
@@ -131,4 +130,4 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None:
-                    yield name, torch.as_tensor(tensor)
+                    yield name, tensor

@@ -165,4 +165,4 @@ def disturb(policy: PolicyModel, scale: float, seed: int) -> None:
     with torch.no_grad():
         for parameter in policy.parameters():
             noise = torch.randn(parameter.shape, generator=generator) * scale
-            parameter.add_(noise.to(parameter.dtype))
+            parameter.add_(noise.to(parameter))

@@ -129,8 +129,8 @@ async def test_an_exchange_that_breaks_off(victim: "Served") -> None:
     holds = victim.engine.version
     await sabotage(victim, "half an exchange")
     text = await caught(victim)
-    assert f"model.norm.weight still holds version {holds}" in text or text.endswith(" more")
-    assert "embed_tokens" not in text  # it comes first
+    assert f"path: model.embed_tokens.weight as the head still holds version {holds}; " in text
+    assert "embed_tokens.weight still" not in text  # the embedding itself comes first
 
 
 async def test_a_new_version_without_weights(victim: "Served") -> None:

@@ -5,7 +5,6 @@ The model has the default dtypes, a bf16 body under an fp32 head, and the head i
 The tests share one worker and run in the order of this file: a failed update comes near the end, closing last.
 """
 
-import asyncio
 import multiprocessing.resource_tracker
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -120,24 +119,21 @@ async def test_an_update_reaches_the_rollouts(worker: "RolloutWorker", link: "Li
     assert await worker.heartbeat() == 1
 
 
-async def test_after_a_failed_update_nothing_is_sampled_until_a_complete_one(
-    worker: "RolloutWorker", link: "Link"
-) -> None:
+async def test_an_update_that_does_not_arrive_changes_nothing(worker: "RolloutWorker", link: "Link") -> None:
     from tests.integration.serving import Link, disturb
 
-    silent = await Link.make(link.policy, worker, bucket_bytes=2**20, timeout_s=3.0)
-    with pytest.raises(WeightSyncError, match=r"engine 3: the update to version 2 .* stays paused"):
-        await worker.update_weights(silent.manifest.to_dict(), 2)  # and nobody sends
-    waiting = asyncio.create_task(worker.rollout(14, PROBLEM))
-    done, _ = await asyncio.wait([waiting], timeout=1.5)
-    assert not done
-    assert await worker.heartbeat() == 1
+    silent = await Link.make(link.policy, worker, bucket_bytes=2**20, timeout_s=1.0)
+    said = r"engine 3 worker 0: the update to version 2 failed and the engine goes on .*: worker 0: parameter"
+    with pytest.raises(WeightSyncError, match=said):
+        await worker.update_weights(silent.manifest.to_dict() | {"transmission": 0}, 2)  # and nobody sends
+    meta, group = await worker.rollout(14, PROBLEM)
+    assert_consistent(meta, group, version=1)
+    assert mismatch(link, group, 0.7) < 2e-2
 
-    disturb(link.policy, 0.01, seed=5)
-    again = await Link.make(link.policy, worker, bucket_bytes=2**20)
-    again.version = 1
+    disturb(link.policy, 0.03, seed=5)
+    again = await Link.make(link.policy, worker, bucket_bytes=2**20, version=1)
     await again.send()
-    meta, group = await waiting
+    meta, group = await worker.rollout(15, PROBLEM)
     assert_consistent(meta, group, version=2)
     assert mismatch(again, group, 0.7) < 2e-2
 

@@ -51,31 +51,18 @@ sender.send(0)
 """
 
 
-@pytest_asyncio.fixture(
-    loop_scope="session",
-    params=["shared", "broadcast", *(pytest.param(name, marks=pytest.mark.gpu) for name in GPUS)],
-)
-async def served(request: pytest.FixtureRequest, tied_model: Path) -> "AsyncIterator[Served]":
-    """An engine, and a link of the transport to it."""
-    from tests.integration.models import run_config
-    from tests.integration.serving import Link, serve
+@pytest_asyncio.fixture(loop_scope="session", params=["shared", "broadcast"])
+async def served(request: pytest.FixtureRequest, fp32_engine: "Served") -> "AsyncIterator[Served]":
+    """The engine, and a link to it by which it maps the sender's memory, or is sent a broadcast."""
+    from tests.integration.serving import Link
 
-    transport = request.param
-    if transport in GPUS:
-        if torch.cuda.device_count() < GPUS[transport]:
-            pytest.skip(f"weights.backend={transport} needs {GPUS[transport]} GPU(s)")
-        config = run_config(tied_model, "bfloat16", cluster={"device": "cuda"}, engine={"gpu_memory_utilization": 0.3})
-        async with serve(config, BUCKET_BYTES, backend=transport) as on_gpu:
-            yield on_gpu
-        return
-    on_cpu: Served = request.getfixturevalue("fp32_engine")
-    before, version = on_cpu.link, on_cpu.link.version
-    on_cpu.link = await Link.make(
-        on_cpu.policy, on_cpu.engine, BUCKET_BYTES, shared_memory=transport == "shared", version=version
+    before, shared = fp32_engine.link, request.param == "shared"
+    fp32_engine.link = await Link.make(
+        fp32_engine.policy, fp32_engine.engine, BUCKET_BYTES, shared_memory=shared, version=before.version
     )
-    yield on_cpu
-    before.version = on_cpu.link.version
-    on_cpu.link = before
+    yield fp32_engine
+    before.version = fp32_engine.link.version
+    fp32_engine.link = before
     await before.connect()
 
 
@@ -104,8 +91,6 @@ async def test_an_engine_goes_on_while_it_receives(served: "Served") -> None:
     """What has arrived waits for its commit; the sequences meanwhile, also new ones, have the old weights."""
     from tests.integration.serving import disturb
 
-    if served.backend != "gloo":
-        pytest.skip("nccl and ipc receive while the engine is paused")
     old = served.engine.version
     running = asyncio.gather(*(served.engine.generate(prompt, 1.0, 200) for prompt in PROMPTS))
     await asyncio.sleep(0.05)
@@ -125,8 +110,6 @@ async def test_a_sender_that_dies_leaves_the_weights_as_they_were(
     from pipelinerl.weights.places import assign
     from tests.integration.serving import disturb
 
-    if served.backend != "gloo":
-        pytest.skip("nccl and ipc load what arrives; an engine whose sender dies is started again")
     await served.link.send()
     shared = served.link.sender._shared  # type: ignore[attr-defined]
     manifest = served.link.manifest.to_dict()
@@ -162,8 +145,6 @@ async def test_a_sender_that_dies_leaves_the_weights_as_they_were(
 async def test_what_an_old_epoch_sends_reaches_nobody(served: "Served") -> None:
     from tests.integration.serving import Link, disturb
 
-    if served.backend != "gloo":
-        pytest.skip("nccl and ipc rebuild their groups in vLLM")
     old, version = served.link, served.link.version
     served.link = await Link.make(
         served.policy,
@@ -196,3 +177,23 @@ async def test_an_engine_that_was_told_to_leave_says_so(served: "Served") -> Non
     await served.link.connect()
     await served.link.send()
     await serves(served)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", GPUS)
+async def test_a_transport_of_gpus(backend: str, tied_model: Path) -> None:
+    """Update after update arrives bit by bit, also in the next epoch."""
+    from tests.integration.models import run_config
+    from tests.integration.serving import disturb, serve
+
+    if torch.cuda.device_count() < GPUS[backend]:
+        pytest.skip(f"weights.backend={backend} needs {GPUS[backend]} GPU(s)")
+    config = run_config(tied_model, "bfloat16", cluster={"device": "cuda"}, engine={"gpu_memory_utilization": 0.3})
+    async with serve(config, BUCKET_BYTES, backend=backend) as on_gpu:
+        for seed in range(4):
+            if seed == 2:
+                await on_gpu.engine.disconnect()
+                await on_gpu.link.connect()
+            disturb(on_gpu.policy, 0.02, seed)
+            assert (await on_gpu.link.send())["params_read_back"] == 1
+            await serves(on_gpu)
