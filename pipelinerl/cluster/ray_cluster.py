@@ -154,8 +154,8 @@ def _init_ray(config: RunConfig) -> None:
 
 
 _TOKEN_HINT = (
-    "the cluster there did not take our token, or we have none: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the "
-    "token of the cluster"
+    "the cluster there did not take our token, or we have none: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
+    "RAY_AUTH_TOKEN_PATH to the token of the cluster"
 )
 
 

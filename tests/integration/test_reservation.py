@@ -93,8 +93,8 @@ def joined(timeout_s: float) -> RunConfig:
 async def test_room_that_lacks_is_waited_for_and_then_named(monkeypatch: pytest.MonkeyPatch) -> None:
     answers(monkeypatch, [alive("driver", "10.0.0.1", CPU=0.0)], {"driver": {}})
     expected = (
-        r"^no room in the cluster at 10\.0\.0\.1:6379 within cluster\.placement_timeout_s=0\.2: 4 processes find no room "
-        r"on cores, at least 0\.01 of one for each: node 10\.0\.0\.1 has 0$"
+        r"^no room in the cluster at 10\.0\.0\.1:6379 within cluster\.placement_timeout_s=0\.2: 4 processes find "
+        r"no room on cores, at least 0\.01 of one for each: node 10\.0\.0\.1 has 0$"
     )
     with pytest.raises(EnvironmentProblem, match=expected):
         await reservation.reserve(joined(0.2), "cpu")
