@@ -129,6 +129,7 @@ class StagedUpdates:
     weight_transfer_engine: GlooWeightTransferEngine
     get_model: Callable[[], Any]
     _weight_canary: Callable[[], Canary]
+    canary_read_double: Callable[[], None]
 
     def weights_locate(self, segment: dict[str, Any] | None) -> str:
         """ "" where this worker can map the trainer's segment, else the name of the memory it shares with others.
@@ -179,6 +180,8 @@ class StagedUpdates:
         def receive() -> None:
             start = time.perf_counter()
             loading.prepare(_timed(buckets, waited))
+            if canary and eager:
+                self.canary_read_double()
             report.times["transfer_s"] = waited[0]
             report.times["load_s"] = time.perf_counter() - start - waited[0]
             if transfer.task is task:
