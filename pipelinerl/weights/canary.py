@@ -4,15 +4,15 @@ It lives in every vLLM worker, beside the transport and independent of it, and l
 all weights go in, the `load_weights` of the model, or of the double that is loaded in its place (twin.py):
 
     begin(version, door)      before the update: record what will pass
-    read_double()             of a double, when it is loaded: LOADED
+    read_double(recording)    of a double, when it is loaded: LOADED
     arrived(names, digests)   before the model is touched: ARRIVED, and what read_double found
     check(names, digests)     before the engine is resumed: ARRIVED, and LOADED or EXCHANGED
 
         ARRIVED     every parameter has passed once, in this very update, with the digest that the trainer made
-        LOADED      a few columns of every parameter, read back from what the engine computes with (readback.py), or will
-                    compute with after the exchange, are those that arrived, bit for bit
-        EXCHANGED   the model computes with the very tensors and kernels that were read back in the double; some are read
-                    back again
+        LOADED      a few columns of every parameter, read back from what the engine computes with (readback.py), or
+                    will compute with after the exchange, are those that arrived, bit for bit
+        EXCHANGED   the model computes with the very tensors and kernels that were read back in the double; a few are
+                    read back again
 
 A stale or misplaced parameter is wrong in every column, so a few are enough; the digests cover the rest. The columns
 rotate with the version. What cannot be read back (quantised layers, experts, capped logits) is named as such.
@@ -76,7 +76,7 @@ class Canary:
         self._own_door: dict[str, Any] = {}  # what there was in its __dict__ before
         self._last_good: Recording | None = None
 
-    def begin(self, version: int, door: Any = None) -> None:
+    def begin(self, version: int, door: Any = None) -> Recording:
         """Record what passes `load_weights` of `door`, by default of the model, from here on."""
         self._stop_listening()  # to an update that broke off
         recording = self._recording = Recording(version)
@@ -89,16 +89,16 @@ class Canary:
             return load(self._recorded(weights, recording))
 
         self._door.load_weights = record_and_load
+        return recording
 
     def arrived(self, names: Sequence[str], digests: Sequence[int]) -> dict[str, str]:
         """What is wrong with what has passed, and with the double that has taken it, as {parameter: what}."""
         assert self._recording is not None, "begin comes first"
-        return self._recording.misloaded | _not_as_sent(self._recording, names, digests)
+        wrong = _not_as_sent(self._recording, names, digests)
+        return wrong | {label: what for label, what in self._recording.misloaded.items() if label not in wrong}
 
-    def read_double(self) -> None:
-        """Read the double back, which is complete."""
-        recording = self._recording
-        assert recording is not None, "begin comes first"
+    def read_double(self, recording: Recording) -> None:
+        """Read the double back, which is complete, in the thread that has loaded it."""
         recording.misloaded = self._not_as_loaded(recording, recording.shares)
         recording.held = {label: share.place.source.held() for label, share in recording.shares.items()}
 
@@ -162,9 +162,9 @@ class Canary:
     def _explain(self, label: str, share: Share, read: Tensor, recording: Recording) -> str:
         """What a parameter holds in the place of what arrived."""
         before = self._last_good.shares.get(label) if self._last_good else None
-        if self._last_good and before:
-            if _same(before.values, _Reader().read(replace(before, place=share.place))):
-                return f"still holds version {self._last_good.version}"
+        stale = before and _same(before.values, _Reader().read(replace(before, place=share.place)))
+        if self._last_good and stale:
+            return f"still holds version {self._last_good.version}"
         for other, its in recording.shares.items():
             if other != label and its.columns == share.columns and _same(its.values, read):
                 return f"holds the values of {other}"
@@ -209,7 +209,7 @@ def choose_columns(version: int, inputs: int) -> tuple[int, ...]:
 
 
 def _suspects(recording: Recording, in_model: Mapping[str, Share]) -> dict[str, Share]:
-    """Shares that have to be read in the model: where it does not hold what the double did, and a few others in turn."""
+    """Shares to be read in the model: where it does not hold what the double did, and a few more in turn."""
     assert recording.held is not None
     labels = sorted(recording.held)
     chosen = set(random.Random(recording.version).sample(labels, min(READ_AGAIN, len(labels))))
@@ -256,11 +256,6 @@ class CanaryWorker:
     def canary_arrived(self, names: list[str], digests: list[int]) -> dict[str, str]:
         """See Canary.arrived."""
         return self._weight_canary().arrived(names, digests)
-
-    @torch.no_grad()
-    def canary_read_double(self) -> None:
-        """See Canary.read_double; in the thread that has loaded it."""
-        self._weight_canary().read_double()
 
     @torch.no_grad()
     def canary_check(self, names: list[str], digests: list[int]) -> dict[str, Any]:
