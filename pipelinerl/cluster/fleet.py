@@ -304,7 +304,8 @@ class Fleet:
         self._change = asyncio.Event()
 
     def _tell(self, kind: str, engine: EngineHandle, text: str, group_id: int | None = None) -> None:
-        self.listener(FleetEvent(kind, engine.index, f"{engine.name}: {text}", group_id))
+        named = text if text.startswith(engine.name) else f"{engine.name}: {text}"
+        self.listener(FleetEvent(kind, engine.index, named, group_id))
 
 
 async def _abandon(engine: EngineHandle) -> PipelineRLError | None:
