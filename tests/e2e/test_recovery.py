@@ -38,7 +38,7 @@ def named(run: TrainCommand, part: str) -> list[psutil.Process]:
 
 
 def is_whole_again(run: TrainCommand, engines: int, trainers: int) -> float:
-    """Seconds until so many engines and trainers have been started again in all, and steps are done with all engines."""
+    """Seconds until so many engines and trainers were started again in all, and steps are done with all engines."""
     start = time.monotonic()
     for said, times in (("started again, ", engines), ("training goes on after step", trainers)):
         run.wait_until(
