@@ -4,15 +4,11 @@ It lives in every vLLM worker, beside the transport and independent of it, and l
 all weights go in, the `load_weights` of the model, or of the double that is loaded in its place (twin.py):
 
     begin(version, door)      before the update: record what will pass
-    read_double(recording)    of a double, when it is loaded: LOADED
-    arrived(names, digests)   before the model is touched: ARRIVED, and what read_double found
-    check(names, digests)     before the engine is resumed: ARRIVED, and LOADED or EXCHANGED
-
-        ARRIVED     every parameter has passed once, in this very update, with the digest that the trainer made
-        LOADED      a few columns of every parameter, read back from what the engine computes with (readback.py), or
-                    will compute with after the exchange, are those that arrived, bit for bit
-        EXCHANGED   the model computes with the very tensors and kernels that were read back in the double; a few are
-                    read back again
+    arrived(names, digests)   ARRIVED   every parameter has passed once, in this very update, with the digest that the
+                                        trainer made; of a double that can be known before the model is touched
+    check(names, digests)     before the engine is resumed: ARRIVED, and
+                              LOADED    a few columns of every parameter, read back from what the engine computes with
+                                        (readback.py), are those that arrived, bit for bit
 
 A stale or misplaced parameter is wrong in every column, so a few are enough; the digests cover the rest. The columns
 rotate with the version. What cannot be read back (quantised layers, experts, capped logits) is named as such.
@@ -22,7 +18,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -33,7 +29,6 @@ from pipelinerl.weights.digest import device_digest
 from pipelinerl.weights.readback import Locator, Place, Source
 
 COLUMNS = 8  # of each parameter, per update
-READ_AGAIN = 6  # parameters that are read back in the model too, though they are the double's
 EXPLAINED = 4  # wrong parameters that are compared with everything else to say what they hold
 
 Weights = Iterable[tuple[str, Tensor]]
@@ -56,9 +51,6 @@ class Recording:
     arrivals: Counter[str] = field(default_factory=Counter)
     digests: dict[str, Tensor] = field(default_factory=dict)
     shares: dict[str, Share] = field(default_factory=dict)  # by label, see Locator.places
-    live: dict[str, Place] = field(default_factory=dict)  # the places in the model, also where a double is loaded
-    held: dict[str, tuple[Any, ...]] | None = None  # what the double holds in each place, once it is read back
-    misloaded: dict[str, str] = field(default_factory=dict)  # what was wrong in the double
     unread: set[str] = field(default_factory=set)  # parameters with a use that cannot be read back
     seconds: float = 0.0
 
@@ -68,20 +60,18 @@ class Canary:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device, tied: bool):
         self._model: Any = model
-        self._locate: Callable[[Any], Places] = lambda door: Places(Locator(door, dtype, device, tied))
-        self._places = self._locate(model)
-        self._door_places = self._places
+        self._locator = Locator(model, dtype, device, tied)
+        self._places: dict[str, Mapping[str, Place | None]] = {}
         self._recording: Recording | None = None
         self._door: Any = model  # whose `load_weights` is listened at
         self._own_door: dict[str, Any] = {}  # what there was in its __dict__ before
         self._last_good: Recording | None = None
 
-    def begin(self, version: int, door: Any = None) -> Recording:
+    def begin(self, version: int, door: Any = None) -> None:
         """Record what passes `load_weights` of `door`, by default of the model, from here on."""
         self._stop_listening()  # to an update that broke off
         recording = self._recording = Recording(version)
         self._door = self._model if door is None else door
-        self._door_places = self._places if door is None else self._locate(door)
         load: Callable[[Weights], Any] = self._door.load_weights
         self._own_door = {key: value for key, value in vars(self._door).items() if key == "load_weights"}
 
@@ -89,18 +79,11 @@ class Canary:
             return load(self._recorded(weights, recording))
 
         self._door.load_weights = record_and_load
-        return recording
 
     def arrived(self, names: Sequence[str], digests: Sequence[int]) -> dict[str, str]:
-        """What is wrong with what has passed, and with the double that has taken it, as {parameter: what}."""
+        """What is wrong with what has passed so far, as {parameter: what}. May be asked before `check`."""
         assert self._recording is not None, "begin comes first"
-        wrong = _not_as_sent(self._recording, names, digests)
-        return wrong | {label: what for label, what in self._recording.misloaded.items() if label not in wrong}
-
-    def read_double(self, recording: Recording) -> None:
-        """Read the double back, which is complete, in the thread that has loaded it."""
-        recording.misloaded = self._not_as_loaded(recording, recording.shares)
-        recording.held = {label: share.place.source.held() for label, share in recording.shares.items()}
+        return _not_as_sent(self._recording, names, digests)
 
     def check(self, names: Sequence[str], digests: Sequence[int]) -> dict[str, Any]:
         """What is wrong, as {parameter: what}, and how much could be read back. All as plain data.
@@ -111,14 +94,10 @@ class Canary:
         recording = self._stop_listening()
         assert recording is not None, "begin comes first"
         wrong = _not_as_sent(recording, names, digests)
-        in_model = {label: replace(share, place=recording.live[label]) for label, share in recording.shares.items()}
-        suspects = in_model if recording.held is None else _suspects(recording, in_model)
-        recording.shares = in_model  # and nothing of the double any more
-        for label, what in (recording.misloaded | self._not_as_loaded(recording, suspects)).items():
+        for label, what in self._not_as_loaded(recording).items():
             wrong.setdefault(label, what)
         if not wrong:
             self._last_good = recording
-        recording.held = None
         not_read_back = [name for name in names if name in recording.unread]
         seconds = {"seconds": recording.seconds, "check_s": time.perf_counter() - start}
         return {"wrong": wrong, "not_read_back": not_read_back} | seconds
@@ -128,7 +107,7 @@ class Canary:
         if recording is not None:
             del self._door.load_weights
             vars(self._door).update(self._own_door)
-            self._door, self._door_places = self._model, self._places  # a double must not live on
+            self._door = self._model  # a double must not live on
         return recording
 
     def _recorded(self, weights: Weights, recording: Recording) -> Iterator[tuple[str, Tensor]]:
@@ -141,29 +120,32 @@ class Canary:
     def _record(self, name: str, tensor: Tensor, recording: Recording) -> None:
         recording.arrivals[name] += 1
         recording.digests[name] = device_digest(tensor)
-        in_model = self._places.of(name, tensor.shape)
-        for label, place in self._door_places.of(name, tensor.shape).items():
-            live = in_model[label]
-            if place is None or live is None:
+        if name not in self._places:
+            self._places[name] = self._locator.places(name, tensor.shape)
+        for label, place in self._places[name].items():
+            if place is None:
                 recording.unread.add(name)
             else:
-                recording.live[label] = live
                 columns = choose_columns(recording.version, place.inputs)
                 recording.shares[label] = Share(place, columns, place.cut(tensor, columns))
 
-    def _not_as_loaded(self, recording: Recording, shares: Mapping[str, Share]) -> dict[str, str]:
+    def _not_as_loaded(self, recording: Recording) -> dict[str, str]:
         reader = _Reader()
-        wrong = {label: read for label, share in shares.items() if not _same(share.values, read := reader.read(share))}
+        wrong = {
+            label: read
+            for label, share in recording.shares.items()
+            if not _same(share.values, read := reader.read(share))
+        }
         return {
-            label: self._explain(label, shares[label], read, recording) if number < EXPLAINED else "is not what arrived"
+            label: self._explain(label, read, recording) if number < EXPLAINED else "is not what arrived"
             for number, (label, read) in enumerate(wrong.items())
         }
 
-    def _explain(self, label: str, share: Share, read: Tensor, recording: Recording) -> str:
+    def _explain(self, label: str, read: Tensor, recording: Recording) -> str:
         """What a parameter holds in the place of what arrived."""
+        share = recording.shares[label]
         before = self._last_good.shares.get(label) if self._last_good else None
-        stale = before and _same(before.values, _Reader().read(replace(before, place=share.place)))
-        if self._last_good and stale:
+        if self._last_good and before and _same(before.values, _Reader().read(before)):
             return f"still holds version {self._last_good.version}"
         for other, its in recording.shares.items():
             if other != label and its.columns == share.columns and _same(its.values, read):
@@ -173,20 +155,6 @@ class Canary:
         expected = share.values.to(read.dtype)
         count, gap = int((expected != read).sum()), float((expected - read).abs().max())
         return f"is not what arrived in {count} of {read.numel()} values read back, by up to {gap:.2g}"
-
-
-class Places:
-    """The places of one module tree, looked up once."""
-
-    def __init__(self, locator: Locator):
-        self._locator = locator
-        self._found: dict[str, Mapping[str, Place | None]] = {}
-
-    def of(self, name: str, shape: Sequence[int]) -> Mapping[str, Place | None]:
-        """See Locator.places."""
-        if name not in self._found:
-            self._found[name] = self._locator.places(name, shape)
-        return self._found[name]
 
 
 class _Reader:
@@ -206,17 +174,6 @@ class _Reader:
 def choose_columns(version: int, inputs: int) -> tuple[int, ...]:
     """Columns of this update, the same for all parameters with that many, so that swapped layers can be recognised."""
     return tuple(random.Random(f"{version}/{inputs}").sample(range(inputs), min(COLUMNS, inputs)))
-
-
-def _suspects(recording: Recording, in_model: Mapping[str, Share]) -> dict[str, Share]:
-    """Shares to be read in the model: where it does not hold what the double did, and a few more in turn."""
-    assert recording.held is not None
-    labels = sorted(recording.held)
-    chosen = set(random.Random(recording.version).sample(labels, min(READ_AGAIN, len(labels))))
-    held = {label: share.place.source.held() for label, share in in_model.items()}
-    return {
-        label: share for label, share in in_model.items() if label in chosen or held[label] != recording.held[label]
-    }
 
 
 def _not_as_sent(recording: Recording, names: Sequence[str], digests: Sequence[int]) -> dict[str, str]:

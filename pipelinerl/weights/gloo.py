@@ -22,7 +22,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -32,7 +31,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from pipelinerl.errors import WeightSyncError, first_line
-from pipelinerl.weights.canary import Canary, Recording
+from pipelinerl.weights.canary import Canary
 from pipelinerl.weights.gloo_group import let_go
 from pipelinerl.weights.loading import LayerwiseLoading, Loading, TwinLoading
 from pipelinerl.weights.manifest import Manifest, Parameter
@@ -169,10 +168,9 @@ class StagedUpdates:
         """Receive and prepare an update."""
         transfer = self.weight_transfer_engine
         assert transfer.seat is not None, "weights_join comes first"
-        recordings: list[Recording] = []
         watch: Callable[[Any], None] = lambda _: None  # noqa: E731
         if canary:
-            watch = lambda door: recordings.append(self._weight_canary().begin(version, door))  # noqa: E731
+            watch = lambda door: self._weight_canary().begin(version, door)  # noqa: E731
         loading_class = TwinLoading if eager else LayerwiseLoading
         loading = loading_class(self.get_model(), self.vllm_config.model_config, watch)
         update, waited, report = Update(version, loading), [0.0], Report(address, number, self.rank)
@@ -181,9 +179,6 @@ class StagedUpdates:
         def receive() -> None:
             start = time.perf_counter()
             loading.prepare(_timed(buckets, waited))
-            if canary and eager:
-                with torch.no_grad():
-                    self._weight_canary().read_double(recordings[-1])
             report.times["transfer_s"] = waited[0]
             report.times["load_s"] = time.perf_counter() - start - waited[0]
             if transfer.task is task:

@@ -12,6 +12,7 @@ and the update goes on without it; engines that have got it serve meanwhile.
 """
 
 import asyncio
+import logging
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ from pipelinerl.weights.calls import Broken, Calls
 from pipelinerl.weights.group import Group, Groups, SendingTrainer
 from pipelinerl.weights.membership import Conduct, Members, ReceivingEngine
 
+LOG = logging.getLogger(__name__)
 NAMED = 3  # parameters that an error names; the others are counted
 OVERLAPS = ("gloo",)  # transports that send a copy of the weights
 SECONDS = ("pause_s", "transfer_s", "load_s", "drain_s", "resume_s", "canary_s")  # of the slowest engine
@@ -102,6 +104,7 @@ class Publisher:
                 await self._attempt(progress, waiting)
             except Broken as broken:
                 progress.error = broken.cause
+                LOG.warning("weights of version %d, attempt %d: %s", progress.version, progress.attempts, broken)
                 self._groups.spoil()
                 await self._groups.leave()
             except BaseException:

@@ -40,9 +40,6 @@ class Source(Protocol):
     def read(self, columns: Sequence[int]) -> Tensor:
         """The values [R, k] of this worker's columns; all values [R] of a vector."""
 
-    def held(self) -> tuple[Any, ...]:
-        """What the values come from. As long as it is equal, so are they, unless memory is overwritten."""
-
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
@@ -56,9 +53,6 @@ class Kernel:
         rows = _identity(self.inputs, columns, self.layer.params_dtype, self.device)
         return self.layer.quant_method.apply(self.layer, rows, None).T
 
-    def held(self) -> tuple[Any, ...]:
-        return _held(self.layer)
-
 
 @dataclass(frozen=True, eq=False)
 class Stored:
@@ -70,9 +64,6 @@ class Stored:
     def read(self, columns: Sequence[int]) -> Tensor:
         tensor = getattr(self.module, self.name).detach()
         return tensor if tensor.ndim < 2 else tensor.flatten(1)[:, list(columns)]
-
-    def held(self) -> tuple[Any, ...]:
-        return (getattr(self.module, self.name).data_ptr(),)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,9 +79,6 @@ class Head:
     def read(self, columns: Sequence[int]) -> Tensor:
         rows = _identity(self.head.embedding_dim, columns, self.dtype, self.device)
         return self.processor(self.head, rows, skip_gather=True).T
-
-    def held(self) -> tuple[Any, ...]:
-        return (self.processor.head_dtype, *_held(self.head))
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,11 +196,6 @@ def _vocabulary(layer: Any, attribute: str, shape: Sequence[int], source: Source
     at = layer.shard_indices
     share = slice(at.org_vocab_start_index, at.org_vocab_end_index)
     return Place(source, slice(0, at.num_org_elements), share, layer.weight.dtype, layer.embedding_dim)
-
-
-def _held(layer: Any) -> tuple[Any, ...]:
-    """What a layer multiplies with: a kernel that holds a packed copy, or its weight."""
-    return layer.quant_method, vars(layer).get("cpu_linear"), layer.weight.data_ptr()
 
 
 def _identity(size: int, columns: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -5,6 +5,9 @@ module classes, with parameters of their own that share no memory with the model
 a weight (all linear layers on CPU) make it for the double's module. `exchange` then gives the model the double's
 tensors and kernels and takes microseconds: it copies nothing.
 
+No kernel may run on the double before the exchange: those of vLLM's CPU build share scratch memory with the ones that
+serve, and both would compute nonsense. Packing a weight is a plain copy in another order and runs beside them.
+
 Only for models that run eagerly on CPU: a compiled or captured model holds on to addresses and kernels.
 """
 

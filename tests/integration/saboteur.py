@@ -42,10 +42,10 @@ class Saboteur(WorkerExtension):
             begin: Any = canary.begin
             spoil = LOADS[kind]
 
-            def begin_on_a_spoiled_door(version: int, door: Any = None) -> Any:
+            def begin_on_a_spoiled_door(version: int, door: Any = None) -> None:
                 load = door.load_weights
                 door.load_weights = lambda weights: load(spoil(weights))
-                return begin(version, door)
+                begin(version, door)
 
             canary.begin = begin_on_a_spoiled_door  # type: ignore[method-assign]
         elif kind in ARRIVALS:

@@ -93,10 +93,18 @@ async def caught(served: "Served", loaded: bool = True) -> str:
     return text
 
 
+async def test_loading_beside_the_model_does_not_touch_it(victim: "Served") -> None:
+    """In bfloat16, whose kernels and packed weights are others than those of float32."""
+    from tests.integration.test_transports import undisturbed
+
+    await undisturbed(victim)
+    await victim.link.send()
+
+
 async def test_a_layer_that_is_not_updated(victim: "Served") -> None:
     holds = victim.engine.version
     await sabotage(victim, "layer not updated")
-    text = await caught(victim, loaded=False)
+    text = await caught(victim)
     # In a layer: q, k, v with biases, o, gate, up, down, two norms.
     assert f"path: model.layers.0.self_attn.q_proj.weight still holds version {holds}; " in text
     assert text.count(f"still holds version {holds}") == 3 and text.endswith("; and 9 more")
@@ -104,7 +112,7 @@ async def test_a_layer_that_is_not_updated(victim: "Served") -> None:
 
 async def test_two_layers_swapped(victim: "Served") -> None:
     await sabotage(victim, "layers swapped")
-    text = await caught(victim, loaded=False)
+    text = await caught(victim)
     name = "model.layers.{}.self_attn.q_proj.weight"
     assert f"path: {name.format(0)} holds the values of {name.format(1)}; " in text
     assert text.endswith("; and 21 more")
@@ -113,7 +121,7 @@ async def test_two_layers_swapped(victim: "Served") -> None:
 async def test_a_stale_tied_head(victim: "Served") -> None:
     holds = victim.engine.version
     await sabotage(victim, "stale head")
-    text = await caught(victim, loaded=False)
+    text = await caught(victim)
     assert text.endswith(f"path: model.embed_tokens.weight as the head still holds version {holds}")
 
 

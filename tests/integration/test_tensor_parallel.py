@@ -46,6 +46,6 @@ async def test_every_rank_verifies_its_own_shard(tensor_parallel_engine: "Served
     assert times["params_read_back"] == 1
     holds = tensor_parallel_engine.engine.version
     await sabotage(tensor_parallel_engine, "layer not updated on rank 1")
-    text = await caught(tensor_parallel_engine, loaded=False)
+    text = await caught(tensor_parallel_engine)
     assert f"path: model.layers.0.self_attn.q_proj.weight still holds version {holds} on rank 1; " in text
     assert text.endswith("; and 9 more")

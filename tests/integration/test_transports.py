@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import pytest_asyncio
 import torch
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 BUCKET_BYTES = 50_000
 PROMPTS = [[1, 2, 3 + index] for index in range(8)]
+GREEDY = [[1, 2, 3 + index] for index in range(32)]
 GPUS = {"nccl": 2, "ipc": 1}  # that each needs, and a CPU has none of
 
 # Sends the weights in a file, and is gone after the second bucket.
@@ -66,6 +68,15 @@ async def served(request: pytest.FixtureRequest, fp32_engine: "Served") -> "Asyn
     await before.connect()
 
 
+async def undisturbed(served: "Served") -> None:
+    """Sequences get the same bits while updates are loaded beside them as when they are alone."""
+    alone = await served.generate(GREEDY, 0.0, 100)
+    for _ in range(3):
+        beside, _ = await asyncio.gather(served.generate(GREEDY, 0.0, 100), served.link.transfer())
+        for a, b in zip(alone, beside, strict=True):
+            assert np.array_equal(a.tokens, b.tokens) and np.array_equal(a.logprobs, b.logprobs)
+
+
 async def serves(served: "Served") -> None:
     """The engine samples with the policy's weights."""
     from tests.integration.serving import differences
@@ -88,10 +99,12 @@ async def test_update_after_update_arrives_bit_by_bit(served: "Served") -> None:
 
 
 async def test_an_engine_goes_on_while_it_receives(served: "Served") -> None:
-    """What has arrived waits for its commit; the sequences meanwhile, also new ones, have the old weights."""
+    """What has arrived waits for its commit; the sequences meanwhile, also new ones, have the old weights, and not one
+    bit of their logprobs is touched by the loading beside them."""
     from tests.integration.serving import disturb
 
     old = served.engine.version
+    await undisturbed(served)
     running = asyncio.gather(*(served.engine.generate(prompt, 1.0, 200) for prompt in PROMPTS))
     await asyncio.sleep(0.05)
     disturb(served.policy, 0.02, seed=3)
