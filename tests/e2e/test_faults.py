@@ -65,7 +65,7 @@ def ask_what_it_does(run: TrainCommand) -> None:
     assert "pipelinerl/session.py" in stacks["driver"] and "vllm" in stacks["worker of an engine"]
     assert all("Thread" in text or "most recent call first" in text for text in stacks.values()), stacks
     facts = json.loads((report / "facts.json").read_text())
-    assert facts["trainer_version"] >= 2 and facts["last_weight_update"]["version"] >= 2
+    assert facts["trainer_version"] >= 2 and facts["last_weight_update"]["version"] >= 1  # it overlaps the next step
     assert [(engine["engine"], engine["state"]) for engine in facts["engines"]] == [(0, "healthy")]
     assert {call["worker"] for call in facts["open_calls"]} <= {"engine 0", "trainer rank 0"}
     assert "grader_child" in (report / "processes.txt").read_text()
