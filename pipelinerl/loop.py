@@ -48,6 +48,7 @@ async def train(run: Run) -> None:
     dedicated = [run.dedicated.finish()] if run.dedicated else []
     async with background(watch(run), run.saver.finish(), land(run), *dedicated):
         await publish(run, first=True)
+        await landed(run)  # what engines served before, in a probe or before a restart, is not of this run
         if run.start == 0:
             await evaluate(run, version=0)
         async with background(fill(run), refit(run)):

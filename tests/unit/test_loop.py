@@ -99,6 +99,19 @@ async def test_steps_train_on_groups_in_order_of_admission_and_each_is_published
     ]
 
 
+async def test_nothing_is_sampled_before_the_engines_have_the_weights_of_the_run(tmp_path: Path) -> None:
+    """A probe before it left versions of its own in them, and so did what a lost trainer published last."""
+    run = fake_run(tmp_path, "eval.at_start=false")
+    on_its_way = run.publisher.gates[0] = Gate()
+    on_its_way.close()
+    async with training(run) as task:
+        await until(lambda: on_its_way.arrived > 0)
+        await settle()
+        assert run.fleet.started == []
+        on_its_way.open()
+        await task
+
+
 @pytest.mark.parametrize("mode", ["overlap", "blocking"])
 async def test_the_next_step_does_not_wait_for_the_engines_unless_told_to(tmp_path: Path, mode: str) -> None:
     run = fake_run(tmp_path, f"weights.sync_mode={mode}")
