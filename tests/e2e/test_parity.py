@@ -83,6 +83,7 @@ def test_with_lr_0_weight_updates_change_nothing(random_model: Path, tmp_path: P
         "trainer.lr=0",
         "steps=20",
         "async.mode=sync",
+        "weights.sync_mode=blocking",  # so that each step reports its own update
         "batch.groups_per_step=16",
         "eval.every=20",
     ]
