@@ -30,6 +30,7 @@ async def test_every_setting_is_resolved_as_asked(fp32_engine: "Served") -> None
         "max_num_seqs": 64,
         "max_num_batched_tokens": 1024,
         "tensor_parallel": 1,
+        "pipeline_parallel": 1,
         "enforce_eager": True,
         "seed": 0,
         "v2_model_runner": False,  # the CPU platform has no other
