@@ -57,7 +57,7 @@ def cluster_inventory(free: bool) -> Inventory:
     return Inventory(tuple(nodes))
 
 
-async def reserve(config: RunConfig, device: Device, demand: Demand) -> tuple[Placement, list[Seat]]:
+async def reserve(config: RunConfig, device: Device, demand: Demand | None = None) -> tuple[Placement, list[Seat]]:
     """Reserve a bundle for every process. A cluster that is joined gets `cluster.placement_timeout_s` to have room.
 
     Raises: EnvironmentProblem that says what is missing.
