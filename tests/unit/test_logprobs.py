@@ -183,7 +183,7 @@ def test_words_that_a_bias_of_minus_infinity_rules_out_count_for_nothing() -> No
 def test_the_most_likely_token_is_the_first_of_the_largest_logits() -> None:
     hidden, weight, bias, _ = inputs(torch.float32, m=40)
     with torch.no_grad():
-        weight[[3, 12, 20]], bias[[3, 12, 20]] = weight[3].clone(), 30.0  # the same in every tile, and the largest
+        weight[[3, 12, 20]], bias[[3, 12, 20]] = 0.0, 30.0  # exactly the same in every tile, and the largest
     projection = Projection(1.0, torch.float32, 6)
     assert most_likely_tokens(hidden, weight, bias, projection).tolist() == [3] * 40
     expected = (hidden @ weight.T).argmax(-1)
