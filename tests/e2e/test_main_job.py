@@ -89,9 +89,9 @@ def test_the_eval_command_reproduces_the_last_evaluation_of_the_run(quickstart: 
     try:
         assert command.exit_code(240) == 0, command.output
         assert command.leftovers() == []
+        assert "\n  avg@1 " in command.output and "Traceback" not in command.output
     finally:
         command.close()
-    assert "\n  avg@1 " in command.output and "Traceback" not in command.output
     assert not (command.run_dir / "logs" / "trainer_rank_0.log").exists()  # engines only
     reported, measured = read_evaluation(run_dir, STEPS), read_evaluation(command.run_dir, 0)
     assert [row["problem_id"] for row in measured] == [row["problem_id"] for row in reported]

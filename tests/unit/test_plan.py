@@ -69,20 +69,6 @@ def test_gpus_are_counted_with_all_workers_of_an_engine() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "gpus", "backend"),
-    [
-        ([], 1, "ipc"),
-        ([], 2, "nccl"),
-        (["cluster.address=auto", "cluster.object_store_mb=null"], 1, "nccl"),  # other machines have more
-        (["weights.backend=nccl"], 1, "nccl"),
-        (["weights.backend=ipc"], 2, "ipc"),
-    ],
-)
-def test_the_transport_of_the_only_gpu(overrides: list[str], gpus: int, backend: str) -> None:
-    assert plan(config_of("cluster.device=cuda", *overrides), gpus).backend == backend
-
-
-@pytest.mark.parametrize(
     ("overrides", "off"),
     [
         ([], []),
