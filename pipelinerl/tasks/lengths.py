@@ -9,39 +9,22 @@ and the groups have advantages.
 import math
 import random
 from collections.abc import Sequence
-from typing import overload
 
 from pipelinerl.config.schema import LengthsTask
 from pipelinerl.tasks.base import Env, Grade, Message, SingleTurnEnv, Split
+from pipelinerl.tasks.synthetic import SyntheticProblems
 from pipelinerl.types import Problem
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-class LengthsProblems(Sequence[Problem]):
+class LengthsProblems(SyntheticProblems[LengthsTask]):
     """Problems of one split; problem `i` is a function of (seed, split, i)."""
 
-    def __init__(self, config: LengthsTask, split: Split, seed: int) -> None:
-        self._config = config
-        self._split = split
-        self._seed = seed
-
-    def __len__(self) -> int:
-        return self._config.train_problems if self._split == "train" else self._config.eval_problems
-
-    @overload
-    def __getitem__(self, index: int) -> Problem: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Problem]: ...
-    def __getitem__(self, index: int | slice) -> Problem | list[Problem]:
-        positions = range(len(self))[index]  # resolves negative indexes and raises IndexError
-        return [self._make(i) for i in positions] if isinstance(positions, range) else self._make(positions)
-
-    def _make(self, index: int) -> Problem:
-        rng = random.Random(f"{self._seed}/{self._split}/{index}")
+    def _make(self, name: str, rng: random.Random) -> Problem:
         length = round(rng.lognormvariate(math.log(self._config.median), self._config.sigma))
         prompt = "".join(rng.choices(LETTERS, k=self._config.prompt_chars))
-        return Problem(f"{self._split}/{index}", {"prompt": prompt}, completion_tokens=max(1, length))
+        return Problem(name, {"prompt": prompt}, completion_tokens=max(1, length))
 
 
 class Lengths:

@@ -7,11 +7,11 @@ Scratchpad:  "sort 483"    -> "4 48 348", the sorted prefix after each inserted 
 import random
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import overload
 from zlib import crc32
 
 from pipelinerl.config.schema import SortTask
 from pipelinerl.tasks.base import Env, Grade, Message, SingleTurnEnv, Split
+from pipelinerl.tasks.synthetic import SyntheticProblems
 from pipelinerl.types import Problem
 
 HELD_OUT_SHARE = 16  # one number in so many belongs to the eval split
@@ -29,29 +29,13 @@ def target(problem: Problem) -> str:
     return " ".join(accumulate(problem.data["digits"], lambda done, digit: "".join(sorted(done + digit))))
 
 
-class SortProblems(Sequence[Problem]):
+class SortProblems(SyntheticProblems[SortTask]):
     """Problems of one split, drawn with replacement; problem `i` is a function of (seed, split, i)."""
 
-    def __init__(self, config: SortTask, split: Split, seed: int) -> None:
-        self._config = config
-        self._split = split
-        self._seed = seed
-
-    def __len__(self) -> int:
-        return self._config.train_problems if self._split == "train" else self._config.eval_problems
-
-    @overload
-    def __getitem__(self, index: int) -> Problem: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Problem]: ...
-    def __getitem__(self, index: int | slice) -> Problem | list[Problem]:
-        positions = range(len(self))[index]  # resolves negative indexes and raises IndexError
-        return [self._make(i) for i in positions] if isinstance(positions, range) else self._make(positions)
-
-    def _make(self, index: int) -> Problem:
-        digits = self._draw(random.Random(f"{self._seed}/{self._split}/{index}"))
+    def _make(self, name: str, rng: random.Random) -> Problem:
+        digits = self._draw(rng)
         data = {"digits": digits, "answer": "".join(sorted(digits)), "scratchpad": self._config.scratchpad}
-        return Problem(f"{self._split}/{index}", data)
+        return Problem(name, data)
 
     def _draw(self, rng: random.Random) -> str:
         while True:
