@@ -1,26 +1,28 @@
-"""What asynchrony gains: whole runs of `pipelinerl train`, asynchronous and synchronous, in turns.
+"""What asynchrony gains: the training loop in its asynchronous and its synchronous mode, in turns.
 
-    python scripts/bench/overlap.py                     # all cases, five rounds: about an hour
+    python scripts/bench/overlap.py                     # all cases, five rounds: about half an hour
     python scripts/bench/overlap.py --case balanced     # a quarter of it
 
-Engine and trainer have a core each (`cluster.pin_cores`), the task is `lengths`, and a case sets lengths, slots and
-forward passes so that generating the batch of a step takes about half as long as training on it (`trainer`), as long
-(`balanced`), twice as long (`engine`); `lognormal` has lengths with a 99th percentile of ten times the median. T_gen
-(seconds in which the engine has work) and T_train are means over the middle steps of the synchronous run, T_sync and
-T_async what a step takes from end to end in the two modes, weight update, metrics and rollout files included. The best
-there is is T_async = max(T_gen, T_train).
+For each case engine and trainer are started once, with a core each (`cluster.pin_cores`). Then either mode trains for
+some steps where the other has left off, as a resumed run would, with a run directory, a journal and recorded batches of
+its own. The task is `lengths`, and a case sets lengths, slots and forward passes so that generating the batch of a step
+takes about half as long as training on it (`trainer`), as long (`balanced`), twice as long (`engine`); `lognormal` has
+lengths with a 99th percentile of ten times the median. T_gen (seconds in which the engine has work) and T_train are
+means over the middle steps of the synchronous part, T_sync and T_async what a step takes from end to end in the two
+modes, weight update, metrics and rollout files included. The best there is is T_async = max(T_gen, T_train).
 
 `overlap` is max(T_gen, T_train) / T_async, `gain` is T_sync / T_async. Exit code 1 when the median overlap of a case
 of equal lengths is below --min-overlap, or the median gain of `lognormal` below --min-gain.
 """
 
 import argparse
+import asyncio
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -28,7 +30,20 @@ from typing import Any
 
 from random_model import write_model
 
-from pipelinerl.metrics.log import read_metrics
+from pipelinerl.checkpoint.driver_state import DriverState
+from pipelinerl.concurrency import Ending
+from pipelinerl.config.load import load_config
+from pipelinerl.config.schema import RunConfig
+from pipelinerl.hangs import HangReports
+from pipelinerl.loop import train
+from pipelinerl.metrics.console import Console
+from pipelinerl.metrics.history import History
+from pipelinerl.metrics.log import MetricsLog, read_metrics
+from pipelinerl.metrics.wandb_sink import WandbSink
+from pipelinerl.rollout.ledger import Ledger
+from pipelinerl.run import Parts
+from pipelinerl.session import Session, open_session
+from pipelinerl.tasks.registry import build_task
 
 LONGEST = 1024  # tokens, prompt and completion
 
@@ -41,7 +56,7 @@ class Case:
     sigma: float = 0.0
     groups: int = 16
     max_lag: int = 2
-    steps: int = 12
+    steps: int = 10
     settings: tuple[str, ...] = ()
 
 
@@ -50,13 +65,13 @@ CASES = {
     "trainer": Case(median=64, prompt=64, slots=128, settings=REFERENCE),
     "balanced": Case(median=64, prompt=64, slots=32),
     "engine": Case(median=64, prompt=16, slots=16),
-    "lognormal": Case(median=64, prompt=64, slots=64, sigma=0.99, max_lag=4, steps=20),
+    "lognormal": Case(median=64, prompt=64, slots=64, sigma=0.99, max_lag=4, steps=16),
 }
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds a step, means over the middle steps of a run."""
+    """Seconds a step, means over the middle steps of a part."""
 
     step: float
     generate: float
@@ -64,7 +79,8 @@ class Times:
     metrics: dict[str, float]
 
 
-def overrides(args: argparse.Namespace, case: Case, mode: str, model: str, run_dir: Path) -> list[str]:
+def overrides(args: argparse.Namespace, case: Case, model: str, run_dir: Path) -> list[str]:
+    """Settings of everything that is started once for all parts of a case."""
     prompt = case.prompt + 4  # with the markers of the chat template
     values: dict[str, Any] = {
         "task": "lengths",
@@ -73,7 +89,7 @@ def overrides(args: argparse.Namespace, case: Case, mode: str, model: str, run_d
         "task.prompt_chars": case.prompt,
         "model.path": model,
         "model.dtype": "float32",
-        "steps": case.steps,
+        "steps": 2 * args.rounds * case.steps,
         "batch.groups_per_step": case.groups,
         "batch.group_size": 8,
         "sampling.max_tokens": LONGEST - prompt if case.sigma else case.median,
@@ -83,8 +99,7 @@ def overrides(args: argparse.Namespace, case: Case, mode: str, model: str, run_d
         "engine.kv_cache_mb": 512,
         "trainer.lr": 1e-6,
         "trainer.micro_batch_tokens": 4096,
-        "async.mode": mode,
-        "async.max_lag": case.max_lag if mode == "async" else "null",
+        "async.max_lag": case.max_lag,
         "cluster.pin_cores": "true",
         "eval.at_start": "false",
         "eval.at_end": "false",
@@ -99,15 +114,37 @@ def overrides(args: argparse.Namespace, case: Case, mode: str, model: str, run_d
     return [f"{key}={value}" for key, value in values.items()] + [*case.settings, *args.set]
 
 
-def run(args: argparse.Namespace, case: Case, mode: str, model: str, run_dir: Path) -> Times:
-    """Train, and read back what the run says of its steps."""
-    command = [sys.executable, "-m", "pipelinerl", "train", *overrides(args, case, mode, model, run_dir)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\nexit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    steps = {line["step"]: line for line in read_metrics(run_dir / "metrics.jsonl") if line["kind"] == "train"}
-    first, last = 1 + case.max_lag, case.steps - 1 - case.max_lag  # the buffer is filled by then, and still filled
+def part_of(config: RunConfig, mode: str, start: int, steps: int) -> RunConfig:
+    """The configuration of a part: `steps` more steps in this mode."""
+    changes = {"mode": mode, "max_lag": config.async_.max_lag if mode == "async" else None}
+    modes = type(config.async_).model_validate(changes)
+    return config.model_copy(update={"async_": modes, "steps": start + steps})
+
+
+async def run_part(session: Session, config: RunConfig, state: DriverState, folder: Path) -> DriverState:
+    """Train from `state` to the last step of `config`, as `pipelinerl train` does; returns the state at its end."""
+    folder.mkdir(parents=True)
+    with (folder / "out.txt").open("w") as output, ExitStack() as stack:
+        console = Console(config.metrics, config.steps, output)
+        stack.callback(console.close)
+        wandb = WandbSink(config.metrics.wandb, folder, {}, config.name, None)
+        log = MetricsLog(folder, [console, wandb])
+        stack.callback(log.close)
+        history = History.open(folder, config.journal)
+        stack.callback(history.journal.close)
+        history.journal.started(state.step, None, state.ledger, config.dump(), config.async_.lag_bound)
+        task, hangs = build_task(config.task, config.seed), HangReports(folder, console.note)
+        parts = Parts(config, task, session, folder, log, console, wandb, history, None, Ending(), hangs)
+        run = parts.run_from(state)
+        await train(run)
+        return run.state(config.steps)
+
+
+def times_of(folder: Path, case: Case, start: int, max_lag: int) -> Times:
+    """What a part says of its steps."""
+    steps = {line["step"]: line for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "train"}
+    # The buffer is filled by the first and still filled at the last.
+    first, last = start + 1 + max_lag, start + case.steps - 1 - max_lag
     middle = [steps[step] for step in range(first + 1, last + 1)]
     names = [name for name, value in middle[0].items() if isinstance(value, float)]
     return Times(
@@ -118,9 +155,29 @@ def run(args: argparse.Namespace, case: Case, mode: str, model: str, run_dir: Pa
     )
 
 
+async def run_case(args: argparse.Namespace, name: str, model: str, folder: Path) -> list["Pair"]:
+    """All rounds of a case, in one session."""
+    case, pairs = CASES[name], []
+    config = load_config(overrides(args, case, model, folder))
+    state = DriverState(0, Ledger().to_dict(), 0.0)
+    async with open_session(config, folder, lambda text: print(f"{name}: {text}", flush=True)) as session:
+        await session.trainer.record_batches(str(folder / "batches"))
+        for number in range(args.rounds):
+            times = {}
+            for mode in ("sync", "async") if number % 2 else ("async", "sync"):
+                part, start = folder / f"{number}_{mode}", state.step
+                own = part_of(config, mode, start, case.steps)
+                state = await run_part(session, own, state, part)
+                times[mode] = times_of(part, case, start, own.async_.lag_bound)
+            pairs.append(Pair(times["sync"], times["async"]))
+            print(f"round {number + 1}: {_line(name, pairs[-1:])}", flush=True)
+        await session.trainer.finish_recording()
+    return pairs
+
+
 @dataclass(frozen=True)
 class Pair:
-    """A synchronous and an asynchronous run."""
+    """A synchronous and an asynchronous part."""
 
     sync: Times
     both: Times
@@ -141,15 +198,16 @@ class Pair:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=list(CASES), nargs="+", default=list(CASES))
-    parser.add_argument("--rounds", type=int, default=5, help="pairs of runs of each case")
+    parser.add_argument("--rounds", type=int, default=5, help="pairs of parts of each case")
     parser.add_argument("--hidden", type=int, default=192, help="of the model, a multiple of 64")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--min-overlap", type=float, default=0.9)
     parser.add_argument("--min-gain", type=float, default=1.5)
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of the runs")
-    parser.add_argument("--keep", type=Path, help="folder for the runs' directories; without it they are removed")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings")
+    parser.add_argument("--keep", type=Path, help="folder for run directories; without it they are removed")
     args = parser.parse_args()
-    pairs: dict[str, list[Pair]] = {name: [] for name in args.case}
+    os.environ["OMP_NUM_THREADS"] = "1"
+    pairs: dict[str, list[Pair]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.keep or Path(temporary)
         model = str(Path(temporary) / "model")
@@ -157,16 +215,10 @@ def main() -> int:
             Path(model), hidden=args.hidden, layers=args.layers, vocabulary=512, longest=LONGEST, dtype="float32"
         )
         print(f"model of {size / 1e6:.1f}M parameters\n", flush=True)
-        for number in range(args.rounds):
-            for name in args.case:
-                times = {}
-                for mode in ("sync", "async") if number % 2 else ("async", "sync"):
-                    run_dir = folder / f"{name}_{number}_{mode}"
-                    times[mode] = run(args, CASES[name], mode, model, run_dir)
-                    if not args.keep:
-                        shutil.rmtree(run_dir)
-                pairs[name].append(Pair(times["sync"], times["async"]))
-                print(f"round {number + 1}: {_line(name, pairs[name][-1:])}", flush=True)
+        for name in args.case:
+            pairs[name] = asyncio.run(run_case(args, name, model, folder / name))
+            if not args.keep:
+                shutil.rmtree(folder / name)
     return report(args, pairs)
 
 
@@ -176,11 +228,11 @@ def report(args: argparse.Namespace, pairs: dict[str, list[Pair]]) -> int:
     print("|---|---|---|---|---|---|---|---|")
     for name, own in pairs.items():
         print(_line(name, own))
-    print("\n| async | trainer idle | engine idle | pause | drain | transfer | send | canary |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("\n| async | trainer idle | engine idle | pause | drain | transfer | load | stage | canary |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for name, own in pairs.items():
         keys = ["perf/trainer_idle_frac", "perf/rollout_idle_frac"]
-        keys += [f"sync/{part}_s" for part in ("pause", "drain", "transfer", "send", "canary")]
+        keys += [f"sync/{part}_s" for part in ("pause", "drain", "transfer", "load", "stage", "canary")]
         cells = [_spread([pair.both.metrics.get(key, float("nan")) for pair in own], ".3f") for key in keys]
         print(f"| {name} | {' | '.join(cells)} |")
     missed = [

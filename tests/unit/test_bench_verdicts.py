@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipelinerl.config.load import load_config
-from pipelinerl.config.schema import LengthsTask
+from pipelinerl.config.schema import LengthsTask, RunConfig
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "bench"))
 BENCH: Any = importlib.import_module("overlap")
@@ -24,11 +24,14 @@ def arguments(**changes: Any) -> argparse.Namespace:
 @pytest.mark.parametrize("name", list(BENCH.CASES))
 def test_every_case_is_a_legal_run_of_given_lengths(name: str, mode: str) -> None:
     case = BENCH.CASES[name]
-    config = load_config(BENCH.overrides(arguments(), case, mode, "models/tiny", Path("runs/a")))
+    config = load_config(BENCH.overrides(arguments(rounds=3), case, "models/tiny", Path("runs/a")))
+    part = BENCH.part_of(config, mode, start=2 * case.steps, steps=case.steps)
+    assert RunConfig.model_validate(part.dump()) == part
+    assert part.async_.lag_bound == (case.max_lag if mode == "async" else 0)
+    assert part.steps == config.steps / 2
     assert isinstance(config.task, LengthsTask)
     assert (config.task.median, config.task.sigma) == (case.median, case.sigma)
-    assert config.async_.lag_bound == (case.max_lag if mode == "async" else 0)
-    assert config.cluster.pin_cores and config.steps > 2 * (case.max_lag + 2)  # some are measured
+    assert config.cluster.pin_cores and case.steps > 2 * (case.max_lag + 2)  # some are measured
     assert case.prompt + 4 + config.sampling.max_tokens <= config.engine.max_model_len
 
 
