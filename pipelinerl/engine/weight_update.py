@@ -130,14 +130,21 @@ class _Update:
 class StagedUpdate(_Update):
     """See pipelinerl/weights/gloo.py, whose methods it calls in the workers."""
 
-    _numbers = 0
+    _numbers = 0  # of orders to the workers
     _reports: socket.socket | None = None
+    _doors: Sequence[str] = ()  # of the workers
 
     async def connect(self, init_info: dict[str, Any]) -> None:
-        """`init_info` has the `places` of the workers, the `nbytes` of an update, and where the trainer listens."""
-        info = {key: value for key, value in init_info.items() if key not in ("places", "nbytes")}
+        """`init_info` has the `places` of the workers, the manifest of updates, and where the trainer listens."""
+        info = {key: value for key, value in init_info.items() if key != "places"}
+        self._numbers += 1
+        if self._reports is None:
+            self._reports = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+            self._reports.bind("")  # to a name of the kernel's choice that is in no file system
+        how = self._config.enforce_eager, self._canary, bytes(self._reports.getsockname()).hex(), self._numbers
         async with self._errors_of(TRANSPORT):
-            await self._until_done(TRANSPORT, "weights_join", info, init_info["places"], init_info["nbytes"])
+            self._doors = await self._rpc("weights_join", info, init_info["places"], *how)
+            await self._all_done(TRANSPORT)
 
     async def disconnect(self) -> None:
         async with self._errors_of(TRANSPORT):
@@ -145,11 +152,17 @@ class StagedUpdate(_Update):
 
     async def receive(self, update_info: dict[str, Any], version: int) -> Times:
         """Seconds: `transfer_s` waiting for bytes, `load_s` preparing them."""
-        info = dict(update_info)
-        transmission = info.pop("transmission")
+        self._numbers += 1
+        order = {"transmission": update_info["transmission"], "version": version, "number": self._numbers}
         async with self._errors_of(update_to(version)):
-            what = info, transmission, version, self._config.enforce_eager, self._canary
-            return await self._until_done(update_to(version), "weights_receive", *what)
+            try:
+                assert self._reports is not None, "connect comes first"
+                for door in self._doors:  # not by a call of the engine: that would wait for the end of a step
+                    self._reports.sendto(json.dumps(order).encode(), bytes.fromhex(door))
+            except OSError:
+                await self._rpc("weights_state")  # raises when the engine is gone
+                raise
+            return await self._all_done(update_to(version))
 
     async def commit(self, version: int, names: Sequence[str], digests: Sequence[int]) -> Times:
         names, digests = list(names), list(digests)
@@ -180,16 +193,11 @@ class StagedUpdate(_Update):
         self._judge(version, ranks)
         return {"drain_s": drained}
 
-    async def _until_done(self, what: str, method: str, *args: Any) -> Times:
-        """Call a method that starts a thread in every worker, and wait for the ends of the threads.
+    async def _all_done(self, what: str) -> Times:
+        """Wait for the ends of the threads that the newest order has started in the workers.
 
         Returns the times of the slowest. Raises WeightSyncError with the words of the first that failed.
         """
-        self._numbers += 1
-        if self._reports is None:
-            self._reports = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-            self._reports.bind("")  # to a name of the kernel's choice that is in no file system
-        await self._rpc(method, *args, bytes(self._reports.getsockname()).hex(), self._numbers)
         done: dict[int, Times] = {}
         while True:
             for rank, state in await self._news():
@@ -202,13 +210,14 @@ class StagedUpdate(_Update):
                 return {key: max(times[key] for times in done.values()) for key in done[0]}
 
     async def _news(self) -> list[tuple[int, dict[str, Any]]]:
-        """Workers that are done, with what their threads report."""
+        """Workers that are done with the newest order, with what their threads report."""
         assert self._reports is not None
         try:
             async with asyncio.timeout(SILENCE_S):
                 report = json.loads(await asyncio.get_running_loop().sock_recv(self._reports, 2**16))
         except TimeoutError:  # the engine may be gone, or may have been told to leave
-            return [(rank, state) for rank, state in enumerate(await self._rpc("weights_state")) if state["done"]]
+            states = enumerate(await self._rpc("weights_state"))
+            return [(r, state) for r, state in states if state["done"] and state["number"] in (self._numbers, None)]
         return [(report["rank"], report)] if report["number"] == self._numbers else []
 
     async def _rpc(self, method: str, *args: Any) -> list[Any]:

@@ -1,11 +1,13 @@
 """The receiving end of weight updates on CPU, in every vLLM worker, which goes on stepping meanwhile.
 
-    start("join")     a thread takes the worker's seat in the transport
-    start("receive")  a thread receives an update and prepares it beside the running model
-                      either reports its end through a socket, since a question is answered between two steps only
-    state()           how far that is, for who has heard nothing for long
-    arrived(...)      what is wrong with what was received; nothing has been loaded by then
-    exchange()        while generation is paused: the model takes the update, and the canary reads it back
+    weights_join      a thread takes the worker's seat in the transport
+    weights_receive   a thread receives an update and prepares it beside the running model
+    weights_state     how far that is, for who has heard nothing for long
+    canary_arrived    what is wrong with what was received; nothing has been loaded by then
+    weights_exchange  while generation is paused: the model takes the update, and canary_check reads it back
+
+vLLM calls a method of a worker between two steps only. So the order to receive comes through a socket instead, the door
+of the worker, and the threads report their end through another.
 
 An update that fails before `exchange` leaves the model as it was. Importing this module registers the engine in vLLM's
 factory (engine/extension.py does so, before the worker makes its transfer engine). vLLM's own update methods are of no
@@ -19,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -34,7 +36,7 @@ from pipelinerl.errors import WeightSyncError, first_line
 from pipelinerl.weights.canary import Canary
 from pipelinerl.weights.gloo_group import let_go
 from pipelinerl.weights.loading import LayerwiseLoading, Loading, TwinLoading
-from pipelinerl.weights.manifest import Manifest, Parameter
+from pipelinerl.weights.manifest import Parameter
 from pipelinerl.weights.places import Place
 from pipelinerl.weights.seat import Seat
 from pipelinerl.weights.segment import Address, Segment, node_name
@@ -58,6 +60,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
     supports_draft_weight_update = False
 
     seat: Seat | None = None
+    door: "Door | None" = None
     update: "Update | None" = None
     task: "Task | None" = None
 
@@ -67,8 +70,10 @@ class GlooWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
     start_weight_update = finish_weight_update = receive_weights = init_transfer_engine
 
     def shutdown(self) -> None:
-        left = [self.seat, self.update, self.task]
-        self.seat = self.update = self.task = None
+        left = [self.seat, self.door, self.update, self.task]
+        if self.door is not None:
+            self.door.close()
+        self.seat = self.door = self.update = self.task = None
         let_go(left)
 
 
@@ -106,6 +111,26 @@ class Task:
         self.report.send(self.error)
 
 
+class Door:
+    """Through which a worker is told to receive, also in the middle of a step; open for one epoch."""
+
+    def __init__(self, receive: Callable[["Door", dict[str, int]], None]):
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind("")  # to a name of the kernel's choice that is in no file system
+        self.address = bytes(self._socket.getsockname()).hex()
+        threading.Thread(target=self._listen, args=(receive,), name="weights-door", daemon=True).start()
+
+    def _listen(self, receive: Callable[["Door", dict[str, int]], None]) -> None:
+        with self._socket:
+            while order := self._socket.recv(2**16):
+                receive(self, json.loads(order))
+
+    def close(self) -> None:
+        """Orders that come later are refused."""
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.sendto(b"", bytes.fromhex(self.address))
+
+
 @dataclass
 class Report:
     """Where the process that holds the engine waits for the end of a task; `number` says which task."""
@@ -140,41 +165,51 @@ class StagedUpdates:
         return "" if Segment.open(Address(**segment)) else node_name()
 
     def weights_join(
-        self, init_info: dict[str, Any], places: list[dict[str, Any]], nbytes: int, address: str, number: int
-    ) -> None:
-        """Take a seat; `places` are those of the workers of this engine."""
-        transfer = self.weight_transfer_engine
-        transfer.shutdown()  # an epoch before
-        who, place = self._weights_name(), Place.from_dict(places[self.rank])
-
-        def join() -> None:
-            seat = Seat(who, place, init_info, nbytes)
-            if transfer.task is task:  # still wanted
-                transfer.seat = seat
-
-        task = transfer.task = Task(join, Report(address, number, self.rank))
-        task.start("weights-join")
-
-    def weights_receive(
         self,
-        update_info: dict[str, Any],
-        transmission: int,
-        version: int,
+        init_info: dict[str, Any],
+        places: list[dict[str, Any]],
         eager: bool,
         canary: bool,
         address: str,
         number: int,
-    ) -> None:
-        """Receive and prepare an update."""
+    ) -> str:
+        """Take a seat; `places` are those of the workers of this engine, `address` is where threads report.
+
+        Returns the address of the worker's door.
+        """
         transfer = self.weight_transfer_engine
-        assert transfer.seat is not None, "weights_join comes first"
+        transfer.shutdown()  # an epoch before
+        who, place = self._weights_name(), Place.from_dict(places[self.rank])
+        report = Report(address, number, self.rank)
+
+        def join() -> None:
+            seat = Seat(who, place, init_info)
+            if transfer.task is task:  # still wanted
+                transfer.seat = seat
+
+        def receive(door: Door, order: dict[str, int]) -> None:
+            seat = transfer.seat
+            if door is transfer.door and seat is not None:
+                own_report = replace(report, number=order["number"], times={})
+                self.weights_receive(seat, order["transmission"], order["version"], eager, canary, own_report)
+
+        transfer.door = Door(receive)
+        task = transfer.task = Task(join, report)
+        task.start("weights-join")
+        return transfer.door.address
+
+    def weights_receive(
+        self, seat: Seat, transmission: int, version: int, eager: bool, canary: bool, report: Report
+    ) -> None:
+        """Receive and prepare an update. Called by the thread of the door."""
+        transfer = self.weight_transfer_engine
         watch: Callable[[Any], None] = lambda _: None  # noqa: E731
         if canary:
             watch = lambda door: self._weight_canary().begin(version, door)  # noqa: E731
         loading_class = TwinLoading if eager else LayerwiseLoading
         loading = loading_class(self.get_model(), self.vllm_config.model_config, watch)
-        update, waited, report = Update(version, loading), [0.0], Report(address, number, self.rank)
-        buckets = transfer.seat.receive(Manifest.from_dict(update_info), transmission)
+        update, waited = Update(version, loading), [0.0]
+        buckets = seat.receive(transmission)
 
         def receive() -> None:
             start = time.perf_counter()
@@ -189,12 +224,13 @@ class StagedUpdates:
         task.start("weights-receive")
 
     def weights_state(self) -> dict[str, Any]:
-        """Whether the thread is done, and what became of it."""
-        transfer = self.weight_transfer_engine
-        task = transfer.task
+        """Whether the thread of the newest order is done, the number of that order, and what became of it."""
+        task = self.weight_transfer_engine.task
         if task is None:
-            return {"done": True, "error": f"{self._weights_name()} was told to leave the transport", "times": {}}
-        return {"done": task.done.is_set(), "error": task.error, "times": task.report.times}
+            error = f"{self._weights_name()} was told to leave the transport"
+            return {"done": True, "number": None, "error": error, "times": {}}
+        report = task.report
+        return {"done": task.done.is_set(), "number": report.number, "error": task.error, "times": report.times}
 
     def weights_exchange(self, version: int) -> None:
         """Make the model compute with the update. Generation must stand still."""

@@ -13,7 +13,7 @@ from pipelinerl.weights.places import assign
 
 LEAVE_S = 5.0  # how long engines have to leave a group
 INFO_KEYS = {  # what of a manifest the workers of a transport are told with every update
-    "gloo": ("names", "dtype_names", "shapes", "sizes", "bucket_bytes"),
+    "gloo": (),  # it is told when they join
     "nccl": ("names", "dtype_names", "shapes"),
     "ipc": (),
 }

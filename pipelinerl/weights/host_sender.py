@@ -23,6 +23,7 @@ from pipelinerl.weights.segment import Segment
 from pipelinerl.weights.source import Bucket, WeightSource, run_through
 
 ME = "trainer rank 0"
+STORE_S = 120.0  # for answers of the store, which is served in this very process
 
 
 def bell(node: str, transmission: int, bucket: int) -> str:
@@ -50,14 +51,14 @@ class HostSender:
         if self._segment is None:
             self._segment = Segment.create(self._nbytes)
         self._epoch += 1
-        timeout = timedelta(seconds=self._timeout_s)
-        self._store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        patience = timedelta(seconds=STORE_S)
+        self._store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=patience)
         return {
             "address": address,
             "port": self._store.port,
             "epoch": self._epoch,
             "timeout_s": self._timeout_s,
-            "nbytes": self._nbytes,
+            "manifest": self._source.manifest.to_dict(),
             "segment": self._segment.address.to_dict() if self._shared else None,
         }
 

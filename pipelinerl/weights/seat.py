@@ -26,11 +26,13 @@ from pipelinerl.weights.segment import Address, Segment
 class Seat:
     """Joined for one epoch; holds what it maps as long as it lives."""
 
-    def __init__(self, who: str, place: Place, init_info: dict[str, Any], nbytes: int):
-        """`who` is for errors, `nbytes` the size of an update. Returns when all members of a broadcast have joined."""
+    def __init__(self, who: str, place: Place, init_info: dict[str, Any]):
+        """`who` is for errors, `init_info` is what `HostSender.listen` returns, with the `world_size`. Returns when all
+        members of a broadcast have joined."""
         self._who = who
         self._place = place
         self._timeout = timedelta(seconds=init_info["timeout_s"])
+        self._layout, nbytes = Manifest.from_dict(init_info["manifest"]).layout()
         self._group: GlooGroup | None = None
         self._announced: list[str] = []
         address, port, world_size = init_info["address"], init_info["port"], init_info["world_size"]
@@ -55,15 +57,13 @@ class Seat:
             raise WeightSyncError(f"{self._who}: the shared memory of process {address['pid']} is gone")
         return mapped
 
-    def receive(self, manifest: Manifest, transmission: int) -> Iterator[tuple[Sequence[Parameter], Tensor]]:
+    def receive(self, transmission: int) -> Iterator[tuple[Sequence[Parameter], Tensor]]:
         """Each bucket with its bytes, as soon as they are there. They stay until the next transmission is sent."""
-        layout, size = manifest.layout()
-        assert size == self._segment.address.nbytes, "the manifest is not the one this seat was made for"
         content = self._segment.content
         while self._announced:
             self._store.delete_key(self._announced.pop())
-        pending = [self._group.broadcast(content[p.start : p.end]) for p in layout] if self._group else []
-        for index, placed in enumerate(layout):
+        pending = [self._group.broadcast(content[p.start : p.end]) for p in self._layout] if self._group else []
+        for index, placed in enumerate(self._layout):
             if pending:
                 finish(pending[index], self._who, placed)
                 self._announced.append(bell(self._place.node, transmission, index))

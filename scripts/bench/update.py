@@ -98,7 +98,6 @@ def member(pipe: Connection) -> None:
     import torch.distributed as dist
 
     from pipelinerl.weights.gloo_group import GlooGroup
-    from pipelinerl.weights.manifest import Manifest
     from pipelinerl.weights.places import Place
     from pipelinerl.weights.seat import Seat
 
@@ -108,10 +107,9 @@ def member(pipe: Connection) -> None:
         kind, *what = order
         if kind == "join":
             place, info = what
-            seat = Seat("member", Place.from_dict(place), info, info["nbytes"])
+            seat = Seat("member", Place.from_dict(place), info)
         elif kind == "receive":
-            manifest, number = what
-            for _ in seat.receive(Manifest.from_dict(manifest), number):
+            for _ in seat.receive(*what):
                 pass
         elif kind == "join raw":
             port, nbytes = what
@@ -161,7 +159,7 @@ class FanOut:
         from pipelinerl.weights.places import assign
 
         self._sender, self._members, self._count = HostSender(source, 60.0), members, count
-        self._manifest, self._number = source.manifest.to_dict(), 0
+        self._number = 0
         places, world_size = assign([["" if mapped else str(node)] for node in range(count)])
         info = self._sender.listen("127.0.0.1") | {"world_size": world_size}
         joined = members.order(*(("join", place, info) for [place] in places))
@@ -170,7 +168,7 @@ class FanOut:
 
     def measure(self) -> float:
         """Seconds until all have all bytes."""
-        received = self._members.order(*[("receive", self._manifest, self._number)] * self._count)
+        received = self._members.order(*[("receive", self._number)] * self._count)
         start = time.perf_counter()
         self._sender.send(self._number, with_digests=False)
         received()

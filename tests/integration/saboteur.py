@@ -30,7 +30,7 @@ class Saboteur(WorkerExtension):
         self._next_sabotage = kind
 
     def weights_receive(self, *args: Any) -> None:
-        canary, seat = self._weight_canary(), self.weight_transfer_engine.seat
+        canary, seat = self._weight_canary(), args[0]
         vars(canary).pop("begin", None)
         vars(seat).pop("receive", None)
         for (owner, name), original in ORIGINALS.items():
@@ -49,9 +49,9 @@ class Saboteur(WorkerExtension):
 
             canary.begin = begin_on_a_spoiled_door  # type: ignore[method-assign]
         elif kind in ARRIVALS:
-            receive: Any = seat.receive  # type: ignore[union-attr]
+            receive: Any = seat.receive
             change = ARRIVALS[kind]
-            seat.receive = lambda *what: change(receive(*what))  # type: ignore[union-attr, method-assign]
+            seat.receive = lambda transmission: change(receive(transmission))
         elif kind == "stale head":
             loading.repack_tied_head = lambda _: None
         elif kind == "no exchange":

@@ -190,6 +190,7 @@ async def test_without_the_canary_nothing_is_verified(victim: "Served") -> None:
     engine, link = victim.engine, victim.link
     blind = VllmEngine(engine._llm, engine.settings, victim.config.engine, canary=False, index=0, backend="gloo")
     link.engine = blind
+    await link.connect()
     await sabotage(victim, "no exchange")
     await link.transfer()
     assert blind.version == 0
@@ -198,6 +199,7 @@ async def test_without_the_canary_nothing_is_verified(victim: "Served") -> None:
     completion = await engine.generate([1, 2, 3], 1.0, 20)
     assert {span.version for span in completion.spans} == {link.version}
     link.engine = engine
+    await link.connect()
     await link.send()
 
 

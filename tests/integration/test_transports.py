@@ -136,7 +136,7 @@ async def test_a_sender_that_dies_leaves_the_weights_as_they_were(
         [places], world_size = assign([await served.engine.locate(info["segment"])])
         await served.engine.connect(info | {"places": places, "world_size": world_size})
         version = served.engine.version
-        receiving = asyncio.create_task(served.engine.update_weights(manifest | {"transmission": 0}, version + 1))
+        receiving = asyncio.create_task(served.engine.update_weights({"transmission": 0}, version + 1))
         process.stdin.write("go\n")
         process.stdin.flush()
         async with asyncio.timeout(30):
@@ -169,7 +169,7 @@ async def test_what_an_old_epoch_sends_reaches_nobody(served: "Served") -> None:
     )
     with pytest.raises(WeightSyncError, match="goes on with the weights it has"):
         await asyncio.gather(
-            served.engine.update_weights(served.link.manifest.to_dict() | {"transmission": 0}, version + 1),
+            served.engine.update_weights({"transmission": 0}, version + 1),
             asyncio.to_thread(old.sender.send, old.transmissions),
         )
     assert served.engine.version == version
@@ -185,7 +185,7 @@ async def test_an_engine_that_was_told_to_leave_says_so(served: "Served") -> Non
     await served.engine.disconnect()
     served.link.version += 1
     with pytest.raises(WeightSyncError):
-        await served.engine.update_weights(served.link.manifest.to_dict() | {"transmission": 0}, served.link.version)
+        await served.engine.update_weights({"transmission": 0}, served.link.version)
     await serves(served)
     await served.link.connect()
     await served.link.send()

@@ -93,7 +93,7 @@ def run_rank(case: Case, rank: int, port: int, out: Path) -> None:
 
 def send(worker: Any, rank: int, run: RankRun) -> None:
     """Send the weights from rank 0 to a thread of it that receives them as an engine does."""
-    from pipelinerl.weights.manifest import Manifest, offsets
+    from pipelinerl.weights.manifest import offsets
     from pipelinerl.weights.places import Place
     from pipelinerl.weights.seat import Seat
 
@@ -102,19 +102,19 @@ def send(worker: Any, rank: int, run: RankRun) -> None:
         return
     info = worker.listen("gloo", "127.0.0.1")
 
-    def receive(manifest: Manifest, seat: Seat) -> dict[str, Any]:
+    def receive(seat: Seat) -> dict[str, Any]:
         return {
             parameter.name: (parameter.dtype, parameter.shape, buffer[start : start + parameter.nbytes].numpy().copy())
-            for bucket, buffer in seat.receive(manifest, 0)
+            for bucket, buffer in seat.receive(0)
             for parameter, start in zip(bucket, offsets(bucket)[0], strict=True)
         }
 
     def join() -> Seat:
-        return Seat("worker 0", Place(1, "another node"), info | {"world_size": 2}, info["nbytes"])
+        return Seat("worker 0", Place(1, "another node"), info | {"world_size": 2})
 
     with ThreadPoolExecutor(1) as threads:
         joining = threads.submit(join)
-        manifest = Manifest.from_dict(worker.connect(2))
-        receiving = threads.submit(receive, manifest, joining.result())
+        worker.connect(2)
+        receiving = threads.submit(receive, joining.result())
         run.digests = worker.send_weights(0)["digests"]
         run.received = receiving.result()
