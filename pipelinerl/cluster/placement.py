@@ -81,6 +81,11 @@ class Demand:
         """Of a run; without `engines`, or without `trainer`, of a command that has none of those."""
         return cls(config.trainer.ranks * trainer, config.engines * engines, config.engine.workers)
 
+    @property
+    def units(self) -> int:
+        """GPUs, or shares of cores, where each worker has its own."""
+        return self.ranks + self.engines * self.width
+
 
 def place(config: RunConfig, inventory: Inventory, device: Device, demand: Demand | None = None) -> Placement:
     """Place all processes of a run, or those of `demand`, or say what the inventory lacks."""
@@ -128,7 +133,7 @@ def _place_on_cores(demand: Demand, nodes: Sequence[Node]) -> Placement:
             rollout = (Process("engine", i, nodes[at], round(cpus * width, 2), 0) for i, at in enumerate(seats.engines))
             return Placement((*trainers, *rollout))
     cores = ", ".join(f"{node.name} has {node.cpus:g}" for node in nodes) or "there is no node"
-    workers = engines * width + ranks
+    workers = demand.units
     return Placement((), (f"{workers} processes find no room on cores, at least 0.01 of one for each: {cores}",))
 
 
@@ -213,7 +218,7 @@ def _shortfalls(config: RunConfig, demand: Demand, nodes: Sequence[Node], units:
     factors = f"{count or f'engine.count={engines}'} x tensor_parallel={config.engine.tensor_parallel}"
     if config.engine.pipeline_parallel > 1:
         factors += f" x pipeline_parallel={config.engine.pipeline_parallel}"
-    needed, total = engines * width + ranks, sum(units)
+    needed, total = demand.units, sum(units)
     if needed > total:
         one = " (one GPU is shared only by one rank and one engine of one worker)" if total == 1 else ""
         terms = f"{factors} + trainer.ranks={ranks}" if ranks else factors

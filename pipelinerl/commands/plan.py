@@ -91,7 +91,7 @@ def _number(name: str, text: str) -> float:
 
 
 def _seats(config: "RunConfig", found: "Fit", inventory: "Inventory", elsewhere: bool) -> "Rows":
-    from pipelinerl.config.device import gpus_needed
+    from pipelinerl.cluster.placement import Demand
 
     engine, trainer = config.engine, config.trainer
     width = f"TP {engine.tensor_parallel}" + (f" x PP {engine.pipeline_parallel}" * (engine.pipeline_parallel > 1))
@@ -101,7 +101,7 @@ def _seats(config: "RunConfig", found: "Fit", inventory: "Inventory", elsewhere:
         ("trainer", f"{trainer.ranks} rank(s), ZeRO {trainer.zero_stage}"),
     ]
     if found.device == "cuda":
-        rows.append(("GPUs needed", "1, shared" if found.placement.shares_gpu else str(gpus_needed(config))))
+        rows.append(("GPUs needed", "1, shared" if found.placement.shares_gpu else str(Demand.of(config).units)))
     if elsewhere:
         where = f"decided when the cluster at {config.cluster.address} is joined; see pipelinerl plan --help"
         return [*rows, ("nodes", where)]

@@ -41,11 +41,6 @@ def resolve_backend(config: RunConfig, device: Device, shares_gpu: bool = False)
     return "ipc" if shares_gpu else "nccl"
 
 
-def gpus_needed(config: RunConfig, trainer: bool = True) -> int:
-    """GPUs of a run on cuda where every engine worker and every trainer rank has its own."""
-    return config.engines * config.engine.workers + config.trainer.ranks * trainer
-
-
 def gpu_memory() -> int | None:
     """Bytes of the smallest GPU that the driver lists; None when it does not say."""
     lines = _nvidia_smi("--query-gpu=memory.total", "--format=csv,noheader,nounits") or []

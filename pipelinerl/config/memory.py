@@ -74,7 +74,10 @@ def trainer_need(config: RunConfig, size: Footprint, device: Device) -> Need:
         items.append(Item("gathered weights", min(size.parameters, LIVE_PARAMETERS) * width, certain=False))
     if size.shape is not None:
         items += _working_memory(config, size)
-    items.append(Item("broadcast buckets", 2 * min(config.weights.bucket_mb * MB, whole), certain=False))
+    if device == "cpu":
+        items.append(Item("weights to send", whole, certain=False))  # of rank 0: weights/host_sender.py
+    else:
+        items.append(Item("broadcast buckets", 2 * min(config.weights.bucket_mb * MB, whole), certain=False))
     if device == "cuda" or trainer.zero_stage == 3:
         items.append(Item("loading", whole, certain=False, host=True))
     unknown = () if size.shape else ("activations: config.json describes no plain decoder",)
@@ -86,6 +89,8 @@ def engine_need(config: RunConfig, size: Footprint, device: Device, gpu_memory: 
     engine = config.engine
     weights = size.engine_weights // engine.workers
     items = [Item("weights", weights)]
+    if device == "cpu" and engine.enforce_eager:
+        items.append(Item("weights being loaded", weights))  # weights/twin.py
     unknown: list[str] = []
     if engine.kv_cache_mb is not None:
         items.append(Item("KV cache", engine.kv_cache_mb * MB))
@@ -93,7 +98,8 @@ def engine_need(config: RunConfig, size: Footprint, device: Device, gpu_memory: 
             unknown.append("activations: config.json describes no plain decoder")
         else:
             items.append(Item("activations", _engine_activations(config, size.shape, device), certain=False))
-        items.append(Item("broadcast buckets", 2 * min(config.weights.bucket_mb * MB, size.engine_weights), False))
+        if device == "cuda":
+            items.append(Item("broadcast buckets", 2 * min(config.weights.bucket_mb * MB, size.engine_weights), False))
     elif gpu_memory is None:
         unknown.append(f"KV cache: what engine.gpu_memory_utilization={engine.gpu_memory_utilization:g} leaves")
     else:  # vLLM takes its part of the GPU when it starts, whatever it needs

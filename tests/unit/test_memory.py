@@ -239,11 +239,24 @@ def test_on_a_cpu_all_processes_share_the_memory(tmp_path: Path) -> None:
     sizes = ("experiment=quickstart", "engine.tensor_parallel=2", "trainer.ranks=2", "trainer.zero_stage=0")
     config = config_of(*sizes, f"model.path={tiny_model(tmp_path / 'm')}", "engine.kv_cache_mb=100")
     problems = fit(config, uniform(1, 4, 0, 200_000_000, None)).problems
-    # Two ranks of 44 * 16 bytes; two workers with 44 * 4 / 2 bytes and 104,857,600 of cache each.
+    # Two ranks of 44 * 16 bytes; two workers with twice 44 * 4 / 2 bytes and 104,857,600 of cache each.
     assert problems == (
         "node 0, memory: will not fit: trainer rank 0 704 B + trainer rank 1 704 B + engine 0 209.7 MB needed, "
         "200.0 MB there",
     )
+
+
+def test_on_a_cpu_the_weights_to_come_are_in_memory_beside_those_in_use(tmp_path: Path) -> None:
+    """The copy that is sent, and the model that an engine loads it into; a compiled engine loads the one it has."""
+    model = f"model.path={tiny_model(tmp_path / 'm')}"
+    config = config_of("experiment=quickstart", model, "engine.tensor_parallel=2")
+    size = size_of(config)
+    assert items(trainer_need(config, size, "cpu"))["weights to send"] == (44 * 4, False, False)
+    assert items(engine_need(config, size, "cpu", None))["weights being loaded"] == (44 * 2, True, False)
+    compiled = config_of("experiment=quickstart", model, "engine.enforce_eager=false")
+    assert "weights being loaded" not in items(engine_need(compiled, size, "cpu", None))
+    on_gpu = {**items(trainer_need(config, size, "cuda")), **items(engine_need(config, size, "cuda", None))}
+    assert not {"weights to send", "weights being loaded"} & on_gpu.keys()
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -6,8 +6,9 @@ import pytest
 
 from pipelinerl import cli
 from pipelinerl.cluster.fit import require_fit
+from pipelinerl.cluster.placement import Demand
 from pipelinerl.commands.plan import show_plan
-from pipelinerl.config.device import gpu_count, gpu_memory, gpus_needed, resolve_backend, resolve_device
+from pipelinerl.config.device import gpu_count, gpu_memory, resolve_backend, resolve_device
 from pipelinerl.config.inventory import this_machine, uniform
 from pipelinerl.config.load import load_config
 from pipelinerl.config.plan import parity_fixes, plan
@@ -65,7 +66,7 @@ def test_a_shared_gpu_takes_weights_by_ipc_unless_told_otherwise() -> None:
 
 def test_gpus_are_counted_with_all_workers_of_an_engine() -> None:
     config = config_of(MATH, "engine.tensor_parallel=2", "engine.pipeline_parallel=3")
-    assert gpus_needed(config) == 28  # 4 * 2 * 3 + 4
+    assert Demand.of(config).units == 28  # 4 * 2 * 3 + 4
 
 
 @pytest.mark.parametrize(
