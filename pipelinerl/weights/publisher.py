@@ -26,7 +26,7 @@ from pipelinerl.weights.membership import Conduct, Members, ReceivingEngine
 LOG = logging.getLogger(__name__)
 NAMED = 3  # parameters that an error names; the others are counted
 OVERLAPS = ("gloo",)  # transports that send a copy of the weights
-SECONDS = ("pause_s", "transfer_s", "load_s", "drain_s", "resume_s", "canary_s")  # of the slowest engine
+SECONDS = ("pause_s", "transfer_s", "load_s", "drain_s", "exchange_s", "resume_s", "canary_s")  # of the slowest engine
 
 
 @dataclass

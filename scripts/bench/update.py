@@ -301,7 +301,7 @@ async def measure(args: argparse.Namespace, folder: Path) -> dict[str, list[floa
                 note("broadcast", await asyncio.to_thread(raw.measure))
                 await asyncio.sleep(SETTLE_S)
                 update = await publisher.publish(version)
-                for phase in ("stage", "transfer", "load", "drain", "canary", "pause", "total"):
+                for phase in ("stage", "transfer", "load", "drain", "exchange", "canary", "resume", "pause", "total"):
                     note(phase, update[f"sync/{phase}_s"])
                 for name, (mapped, count) in fan_outs.items():
                     link = await asyncio.to_thread(FanOut, source, members, count, mapped)

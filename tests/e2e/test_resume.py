@@ -88,11 +88,14 @@ def test_in_sync_mode_every_loss_and_reward_is_the_same_to_the_last_bit(tmp_path
 
 @pytest.fixture(scope="module")
 def killed_and_resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The directory of an async run that was killed once, and the ledger of the checkpoint it went on from."""
+    """The directory of an async run that was killed once, and the ledger of the checkpoint it went on from.
+
+    The second life streams its batches.
+    """
     run_dir = tmp_path_factory.mktemp("async") / "run"
     overrides = [*SMALL, "async.max_lag=2", "checkpoint.every=2", "checkpoint.keep_last=9"]
     kill_driver(TrainCommand(run_dir, overrides), after_step=3, saved=2)
-    output = finish(TrainCommand(run_dir, overrides))
+    output = finish(TrainCommand(run_dir, [*overrides, "batch.stream=true"]))
     step = int(re.findall(r"resuming from .*step_(\d+)", output)[0])
     saved = json.loads((run_dir / "checkpoints" / f"step_{step:06d}" / "driver.json").read_text())
     assert "  journal   balances: " in output
@@ -141,7 +144,8 @@ def replayed(run_dir: Path, *options: str) -> tuple[int, str]:
 
 
 def test_replay_reproduces_every_number_of_the_trainer(killed_and_resumed: tuple[Path, dict[str, Any]]) -> None:
-    """Over the kill: the steps after the checkpoint are those that were done again."""
+    """Over the kill: the steps after the checkpoint are those that were done again, in parts as groups were ready."""
+    scales = [read_record(path).scale for path in sorted((killed_and_resumed[0] / "batches").iterdir())]
     code, output = replayed(killed_and_resumed[0])
     assert code == EXIT_DONE, output
     assert output.count("reproduced\n") == STEPS
