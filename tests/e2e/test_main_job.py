@@ -175,14 +175,14 @@ def test_updates_land_inside_long_completions(random_model: Path, tmp_path: Path
     assert any(len(row["weight_versions"]) > 1 and row["weight_versions"][0][2] > 1 for row in rows)
 
 
-def test_the_users_data_in_sync_mode_on_two_ranks_in_bf16(quickstart: tuple[Path, str], tmp_path: Path) -> None:
+def test_the_users_data_one_step_off_on_two_ranks_in_bf16(quickstart: tuple[Path, str], tmp_path: Path) -> None:
     """Fewer problems than a batch, and one of them has no room for an answer: it is counted, and the run goes on."""
     examples = (ROOT / "pipelinerl" / "tasks" / "data" / "word_problems.jsonl").read_text().splitlines()[:5]
     data = tmp_path / "mine.jsonl"
     data.write_text("\n".join([*examples, json.dumps({"prompt": "count " + "1 " * 600, "answer": "600"})]) + "\n")
     steps = run_to_the_end(
         tmp_path / "run",
-        "async.mode=sync",
+        "async.mode=one_step_off",
         "task=jsonl",
         f"task.path={data}",
         "task.eval_fraction=0",
@@ -191,11 +191,13 @@ def test_the_users_data_in_sync_mode_on_two_ranks_in_bf16(quickstart: tuple[Path
         "trainer.ranks=2",
         "steps=3",
         "batch.groups_per_step=8",
+        "batch.group_size=4",
         "engine.max_model_len=512",
         "sampling.max_tokens=32",
     )
-    for record in steps:
-        assert record["staleness/max"] == 0 and record["outcome/env_error"] == 0
+    assert [record["staleness/max"] for record in steps] == [0, 1, 1]
+    assert all(record["staleness/multi_version_frac"] == record["outcome/env_error"] == 0 for record in steps)
+    for record in steps[:1]:  # those that the weights being trained have sampled
         assert record["mismatch/tokens"] == record["completion/tokens_sum"]
         assert 0 < record["mismatch/abs_logprob_mean"] < 2e-2  # bf16 kernels differ; a wrong head would give 0.1
     ledger = json.loads((tmp_path / "run" / "ledger.json").read_text())
