@@ -42,7 +42,7 @@ async def _appraise(config: RunConfig) -> int:
         raise ConfigError(f"task.kind={config.task.kind} holds no problems out, so there is nothing to evaluate on")
     run_dir = new_run_dir(config, "eval-", ("metrics.jsonl", RESULTS))
     async with open_session(config, run_dir, _say, trainer=False) as session:
-        session.write_settings(run_dir)
+        session.write_settings(run_dir, _say)
         session.fleet.recovery = "reload"
         _say(f"evaluating {config.model.path} on {len(problems)} problems of {task.name}")
         start, progress = time.perf_counter(), Progress(session, len(problems))

@@ -39,7 +39,7 @@ async def _examine(config: RunConfig, cases: Sequence[Case], bisect: bool) -> in
     problems = build_task(config.task, config.seed).problems("train")[: config.parity.groups]
     run_dir = new_run_dir(config, "parity-", ("metrics.jsonl", "parity.json"))
     async with open_session(config, run_dir, _say) as session:
-        session.write_settings(run_dir)
+        session.write_settings(run_dir, _say)
         settings = dict(session.settings)
         bench = Bench(session, problems)
         configured = await bench.measure(config)

@@ -74,7 +74,7 @@ async def _session(config: RunConfig, ending: Ending) -> int:
         stack.callback(_conclude, config, run_dir, log, console, wandb)
         _tell_about_data(task, console, log)
         session = await stack.enter_async_context(open_session(config, run_dir, console.status))
-        session.write_settings(run_dir)
+        session.write_settings(run_dir, console.note)
         hangs.fleet = session.fleet
         await stack.enter_async_context(hangs.on_stall())
         if checkpoint is not None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelinerl.cluster.fleet import Fleet
+from pipelinerl.cluster.placement import Process
 from pipelinerl.cluster.ray_cluster import RayCluster
 from pipelinerl.cluster.trainer_group import TrainerGroup
 from pipelinerl.concurrency import Ending, background, together
@@ -96,9 +97,23 @@ class Session:
         await self.trainer.restart()
         self.publisher = _publisher(self.trainer, self.fleet, self.config, self.backend)
 
-    def write_settings(self, run_dir: Path) -> None:
-        """Write `settings` to settings.json."""
-        (run_dir / "settings.json").write_text(json.dumps(self.settings, indent=2) + "\n")
+    def write_settings(self, run_dir: Path, tell: Callable[[str], None]) -> None:
+        """Write `settings` to settings.json, and again when a process moves to another node, which `tell` is told."""
+        path = run_dir / "settings.json"
+
+        def write() -> None:
+            path.write_text(json.dumps(self.settings, indent=2) + "\n")
+
+        def moved(process: Process) -> None:
+            tell(f"{process.name} moved to {process.node.name}")
+            self.settings["placement"] = self.cluster.places()
+            try:
+                write()
+            except OSError as error:
+                tell(f"{path} could not be written: {error}")
+
+        self.cluster.listener = moved
+        write()
 
 
 @asynccontextmanager
@@ -124,7 +139,7 @@ async def open_session(
         settings = {
             "device": device,
             "weights_backend": backend,
-            "placement": {process.name: process.node.name for process in placement.processes},
+            "placement": cluster.places(),
             "engines": engine_settings,
             "trainer": trainer_settings,
         }

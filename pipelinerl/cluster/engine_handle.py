@@ -52,8 +52,8 @@ TRANSITIONS: Mapping[EngineState, frozenset[EngineState]] = {
 class Launcher(Protocol):
     """What starts and ends the processes of engines."""
 
-    def start_engine(self, index: int, config: RunConfig) -> RemoteWorker:
-        """Begin to start the process; its `start` is for the caller to call."""
+    async def start_engine(self, index: int, config: RunConfig) -> RemoteWorker:
+        """Start the process; its `start` is for the caller to call."""
 
     async def stop_engine(self, worker: RemoteWorker) -> None:
         """Let it close what it has, then end it."""
@@ -130,7 +130,7 @@ class EngineHandle:
         """Start a process and load the model; RESTARTING becomes STALE. Returns the settings that vLLM resolved to."""
         self.life += 1
         self.missed_update, self.version = False, None
-        worker = self._worker = self._launcher.start_engine(self.index, self._config)
+        worker = self._worker = await self._launcher.start_engine(self.index, self._config)
         self._member = Member(self, worker, self.life)
         if self._processes is not None:
             await worker.sweep(self._processes, self._config.engine.start_timeout_s)

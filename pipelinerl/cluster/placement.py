@@ -3,13 +3,15 @@
 Rules. A process has its devices to itself: a GPU per trainer rank and per engine worker (`engine.workers` = TP x PP),
 on a CPU a core each, or the same fraction of one where there are fewer cores. The workers of an engine are on one
 node. Trainer ranks are packed onto as few nodes as leave room for the engines, in order of rank; engines are spread
-evenly over the room that is left. Where the cluster has one GPU, one rank and one engine share it.
+evenly over the room that is left. Where the cluster has one GPU, one rank and one engine share it. Processes whose node
+is lost are placed anew by the same rules, over what is free on the others.
 
 A unit is what a worker needs: a GPU, or on a CPU a share of a core. With `u` units on a node there is room for
 `u // workers` engines, and ranks fill up what is left over, so everything fits exactly if both the engines and the sum
 of the units do.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,6 +20,7 @@ from pipelinerl.config.device import Device
 from pipelinerl.config.inventory import Inventory, Node
 from pipelinerl.config.schema import RunConfig
 
+Role = Literal["trainer rank", "engine"]
 HUNDREDTHS = 100  # Ray counts fractions of a core; more digits than two would only be noise
 
 
@@ -25,7 +28,7 @@ HUNDREDTHS = 100  # Ray counts fractions of a core; more digits than two would o
 class Process:
     """A process, and the part of a node that is its own."""
 
-    role: Literal["trainer rank", "engine"]
+    role: Role
     index: int  # among those of its role
     node: Node
     cpus: float
@@ -70,27 +73,38 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """How many processes are to be placed."""
+    """Which processes are to be placed: the indices of trainer ranks and of engines."""
 
-    ranks: int
-    engines: int
+    ranks: tuple[int, ...]
+    engines: tuple[int, ...]
     width: int  # workers of an engine
+    share: float | None = None  # of a core that each had before: a worker on a CPU, a process with a GPU
 
     @classmethod
     def of(cls, config: RunConfig, engines: bool = True, trainer: bool = True) -> "Demand":
         """Of a run; without `engines`, or without `trainer`, of a command that has none of those."""
-        return cls(config.trainer.ranks * trainer, config.engines * engines, config.engine.workers)
+        ranks, count = config.trainer.ranks * trainer, config.engines * engines
+        return cls(tuple(range(ranks)), tuple(range(count)), config.engine.workers)
+
+    @classmethod
+    def again(cls, config: RunConfig, lost: Sequence[Process]) -> "Demand":
+        """Of the processes of a run that have lost their places. Each takes what it had; with a GPU, fewer cores do."""
+        ranks = tuple(process.index for process in lost if process.role == "trainer rank")
+        engines = tuple(process.index for process in lost if process.role == "engine")
+        width = config.engine.workers
+        shares = (p.cpus / width if p.role == "engine" and not p.gpus else p.cpus for p in lost)
+        return cls(ranks, engines, width, max(shares))
 
     @property
     def units(self) -> int:
         """GPUs, or shares of cores, where each worker has its own."""
-        return self.ranks + self.engines * self.width
+        return len(self.ranks) + len(self.engines) * self.width
 
 
 def place(config: RunConfig, inventory: Inventory, device: Device, demand: Demand | None = None) -> Placement:
     """Place all processes of a run, or those of `demand`, or say what the inventory lacks."""
     demand = demand or Demand.of(config)
-    ranks, engines, width = demand.ranks, demand.engines, demand.width
+    ranks, engines, width = len(demand.ranks), len(demand.engines), demand.width
     nodes = inventory.nodes
     if device == "cpu":
         return _place_on_cores(demand, nodes)
@@ -101,9 +115,10 @@ def place(config: RunConfig, inventory: Inventory, device: Device, demand: Deman
     if problems := tuple(_shortfalls(config, demand, nodes, units)):
         return Placement((), problems)
     seats = _seats(units, ranks, engines, width)
-    cpus = [_share(node.cpus, len(seats.ranks_of(i)) + len(seats.engines_of(i))) for i, node in enumerate(nodes)]
-    trainers = (Process("trainer rank", i, nodes[at], cpus[at], 1) for i, at in enumerate(seats.ranks))
-    rollout = (Process("engine", i, nodes[at], cpus[at], width) for i, at in enumerate(seats.engines))
+    counts = Counter([*seats.ranks, *seats.engines])
+    cpus = [min(demand.share or 1.0, _share(node.cpus, counts[i])) for i, node in enumerate(nodes)]
+    trainers = (Process("trainer rank", i, nodes[at], cpus[at], 1) for i, at in _zip(demand.ranks, seats.ranks))
+    rollout = (Process("engine", i, nodes[at], cpus[at], width) for i, at in _zip(demand.engines, seats.engines))
     return Placement((*trainers, *rollout))
 
 
@@ -121,20 +136,26 @@ def _on_one_gpu(config: RunConfig, node: Node) -> Placement:
 
 
 def _place_on_cores(demand: Demand, nodes: Sequence[Node]) -> Placement:
-    """The largest share of a core, up to a whole one, with which every process finds room."""
-    ranks, engines, width = demand.ranks, demand.engines, demand.width
+    """The largest share of a core, up to a whole one, with which every process finds room, or the demand's."""
+    ranks, engines, width = len(demand.ranks), len(demand.engines), demand.width
     hundredths = [int(HUNDREDTHS * node.cpus) for node in nodes]
-    for share in range(HUNDREDTHS, 0, -1):
+    shares = range(HUNDREDTHS, 0, -1) if demand.share is None else [round(HUNDREDTHS * demand.share)]
+    for share in shares:
         units = [count // share for count in hundredths]
         if _fits(units, ranks, engines, width):
             seats = _seats(units, ranks, engines, width)
-            cpus = share / HUNDREDTHS
-            trainers = (Process("trainer rank", i, nodes[at], cpus, 0) for i, at in enumerate(seats.ranks))
-            rollout = (Process("engine", i, nodes[at], round(cpus * width, 2), 0) for i, at in enumerate(seats.engines))
+            cpus, wide = share / HUNDREDTHS, round(share * width / HUNDREDTHS, 2)
+            trainers = (Process("trainer rank", i, nodes[at], cpus, 0) for i, at in _zip(demand.ranks, seats.ranks))
+            rollout = (Process("engine", i, nodes[at], wide, 0) for i, at in _zip(demand.engines, seats.engines))
             return Placement((*trainers, *rollout))
     cores = ", ".join(f"{node.name} has {node.cpus:g}" for node in nodes) or "there is no node"
     workers = demand.units
-    return Placement((), (f"{workers} processes find no room on cores, at least 0.01 of one for each: {cores}",))
+    who = f"{workers} processes find" if workers > 1 else "1 process finds"
+    return Placement((), (f"{who} no room on cores, at least {shares[-1] / HUNDREDTHS:g} of one for each: {cores}",))
+
+
+def _zip(indices: Sequence[int], nodes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    return zip(indices, nodes, strict=True)
 
 
 def _share(cpus: float, processes: int) -> float:
@@ -148,12 +169,6 @@ class _Seats:
 
     ranks: list[int]
     engines: list[int]
-
-    def ranks_of(self, node: int) -> list[int]:
-        return [rank for rank, at in enumerate(self.ranks) if at == node]
-
-    def engines_of(self, node: int) -> list[int]:
-        return [engine for engine, at in enumerate(self.engines) if at == node]
 
 
 def _fits(units: Sequence[int], ranks: int, engines: int, width: int) -> bool:
@@ -208,23 +223,36 @@ def _nodes_for_ranks(units: Sequence[int], ranks: int, engines: int, width: int)
 
 def _shortfalls(config: RunConfig, demand: Demand, nodes: Sequence[Node], units: Sequence[int]) -> Iterator[str]:
     """What is missing, if anything: GPUs altogether, or enough of them on one node."""
-    ranks, engines, width = demand.ranks, demand.engines, demand.width
+    ranks, engines, width = len(demand.ranks), len(demand.engines), demand.width
     have = ", ".join(
         f"{node.name} has {unit}" + (f" (of {node.gpus}, with {node.cpus:g} cores)" if unit < node.gpus else "")
         for node, unit in zip(nodes, units, strict=True)
     )
     have = have or "there is no node"
-    count = f"(engine.count={config.engine.count} + 1 to evaluate)" if engines > config.engine.count else ""
-    factors = f"{count or f'engine.count={engines}'} x tensor_parallel={config.engine.tensor_parallel}"
+    factors = f"tensor_parallel={config.engine.tensor_parallel}"
     if config.engine.pipeline_parallel > 1:
         factors += f" x pipeline_parallel={config.engine.pipeline_parallel}"
     needed, total = demand.units, sum(units)
     if needed > total:
         one = " (one GPU is shared only by one rank and one engine of one worker)" if total == 1 else ""
-        terms = f"{factors} + trainer.ranks={ranks}" if ranks else factors
-        yield f"{needed} GPUs needed ({terms}), {needed - total} missing: {have}{one}"
+        terms = [f"{_engines(config, demand)} x {factors}"] * bool(engines) + [_ranks(config, demand)] * bool(ranks)
+        yield f"{needed} GPUs needed ({' + '.join(terms)}), {needed - total} missing: {have}{one}"
     places = sum(unit // width for unit in units)
     if width > 1 and places < engines:
         most = max(units, default=0)
         lack = f"{width - most} missing on the largest" if most < width else f"room for {places} of {engines} engines"
-        yield f"an engine needs {width} GPUs on one node ({factors.partition(' x ')[2]}), {lack}: {have}"
+        yield f"an engine needs {width} GPUs on one node ({factors}), {lack}: {have}"
+
+
+def _engines(config: RunConfig, demand: Demand) -> str:
+    """As settings where it is all engines, else by name."""
+    if len(demand.engines) < config.engines:
+        return " and ".join(f"engine {index}" for index in demand.engines)
+    count = f"engine.count={config.engine.count}"
+    return f"({count} + 1 to evaluate)" if config.engines > config.engine.count else count
+
+
+def _ranks(config: RunConfig, demand: Demand) -> str:
+    if len(demand.ranks) < config.trainer.ranks:
+        return " and ".join(f"trainer rank {index}" for index in demand.ranks)
+    return f"trainer.ranks={config.trainer.ranks}"

@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import socket
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ import ray
 from ray.exceptions import AuthenticationError
 
 from pipelinerl.cluster.pinning import Cores, share_out
-from pipelinerl.cluster.placement import Demand, Placement
+from pipelinerl.cluster.placement import Demand, Placement, Process, Role
 from pipelinerl.cluster.remote import RemoteWorker
-from pipelinerl.cluster.reservation import Seat, check_nodes, cluster_inventory, reserve
+from pipelinerl.cluster.reservation import Seat, check_nodes, cluster_inventory, lost, release, reserve, watch
+from pipelinerl.concurrency import background, together
 from pipelinerl.config.device import Device, resolve_device
 from pipelinerl.config.preflight import local_inputs
 from pipelinerl.config.schema import RunConfig
-from pipelinerl.errors import EnvironmentProblem, first_line
+from pipelinerl.errors import EnvironmentProblem, WorkerDied, first_line
 
 CLOSE_TIMEOUT_S = 40.0
 # What workers on other nodes take over from the driver's environment, but for secrets: it is visible in the cluster.
@@ -28,17 +30,23 @@ START_ATTEMPTS = 2
 
 
 class RayCluster:
-    """The processes of one run. Its life: `start`, `reserve`, `start_ranks` and `start_engine`, `close`."""
+    """The processes of one run. Its life: `start`, `reserve`, `start_ranks` and `start_engine`, `close`.
+
+    A process is started again in its place. Where the node is gone from the cluster, it first gets a place on another
+    one, for good, of which `listener` is told.
+    """
 
     def __init__(self, config: RunConfig, run_dir: Path):
         self._config = config
         self._logs = (run_dir / "logs").resolve()
         self._backend = ""
         self._workers: dict[str, RemoteWorker] = {}  # by name: the newest of that name
-        self._seats: dict[str, list[Seat]] = {}  # role -> in order; kept, so that a process can be started again
+        self._seats: dict[Role, list[Seat]] = {}  # in order; kept, so that a process can be started again
+        self._checking = asyncio.Lock()  # of nodes: one check at a time, they use one file
         self._cores: dict[str, list[Cores]] = {}
         self._started: asyncio.Task[None] | None = None
         self.device: Device = "cpu"  # decided by `reserve`
+        self.listener: Callable[[Process], None] = lambda process: None
 
     async def start(self) -> None:
         """Start a local cluster, or join the one at `cluster.address`."""
@@ -63,11 +71,23 @@ class RayCluster:
         placement, seats = await reserve(config, self.device, Demand.of(config, engines, trainer))
         for seat in seats:
             self._seats.setdefault(seat.process.role, []).append(seat)
-        if not local:
-            self._logs.mkdir(parents=True, exist_ok=True)
-            timeout_s = config.cluster.placement_timeout_s
-            await asyncio.to_thread(check_nodes, placement, self._logs, local_inputs(config), _forwarded(), timeout_s)
+        await self._check(placement)
         return placement
+
+    def places(self) -> dict[str, str]:
+        """The name of every process, and of the node it has its place on now."""
+        processes = (seat.process for seats in self._seats.values() for seat in seats)
+        return {process.name: process.node.name for process in processes}
+
+    async def _check(self, placement: Placement) -> None:
+        """Have the nodes of a cluster that was joined show that a process of this run can work there."""
+        config = self._config
+        if config.cluster.address == "local":
+            return
+        self._logs.mkdir(parents=True, exist_ok=True)
+        timeout_s = config.cluster.placement_timeout_s
+        async with self._checking:
+            await asyncio.to_thread(check_nodes, placement, self._logs, local_inputs(config), _forwarded(), timeout_s)
 
     def use_transport(self, backend: str) -> None:
         """What engines that are started from now on are told of the weight transport."""
@@ -82,16 +102,73 @@ class RayCluster:
         ranks, engines = share_out(self._config, sorted(os.sched_getaffinity(0)))
         self._cores = {"trainer rank": ranks, "engine": engines}
 
-    def start_ranks(self) -> list[RemoteWorker]:
-        """Start the processes of all trainer ranks in their places."""
-        target = "pipelinerl.trainer.worker:TrainerWorker"
-        seats = self._seats["trainer rank"]
-        return [self._start(seat, target, (self._config, seat.process.index, self.device)) for seat in seats]
+    async def start_ranks(self) -> list[RemoteWorker]:
+        """Start the processes of all trainer ranks in their places. Those that have lost theirs move together.
 
-    def start_engine(self, index: int, config: RunConfig) -> RemoteWorker:
-        """Start the process of an engine in its place, with the engine settings of `config`."""
-        target = "pipelinerl.engine.worker:RolloutWorker"
-        return self._start(self._seats["engine"][index], target, (config, index, self._backend), is_async=True)
+        Raises: EnvironmentProblem when there is no room to move to, or the node is not fit for it.
+        """
+
+        def start(seat: Seat) -> RemoteWorker:
+            target, index = "pipelinerl.trainer.worker:TrainerWorker", seat.process.index
+            return self._start(seat, target, (self._config, index, self.device))
+
+        ranks = range(self._config.trainer.ranks)
+        return await self._up("trainer rank", ranks, start, self._config.trainer.start_timeout_s)
+
+    async def start_engine(self, index: int, config: RunConfig) -> RemoteWorker:
+        """Start the process of an engine in its place, with the settings of `config`. Raises as `start_ranks` does."""
+
+        def start(seat: Seat) -> RemoteWorker:
+            target = "pipelinerl.engine.worker:RolloutWorker"
+            return self._start(seat, target, (config, index, self._backend), is_async=True)
+
+        (worker,) = await self._up("engine", [index], start, config.engine.start_timeout_s)
+        return worker
+
+    async def _up(
+        self, role: Role, indices: Sequence[int], start: Callable[[Seat], RemoteWorker], timeout_s: float
+    ) -> list[RemoteWorker]:
+        """Processes that have been started in their seats. When a node is lost meanwhile, they start anew elsewhere."""
+        while True:
+            seats = await self._seated(role, indices)
+            workers = [start(seat) for seat in seats]
+            try:
+                async with background(watch(seats)):
+                    await together(*(worker.endpoint(timeout_s) for worker in workers))
+                return workers
+            except BaseException as error:
+                for worker in workers:
+                    worker.kill()
+                if not isinstance(error, WorkerDied) or not await lost(seats):
+                    raise
+
+    async def _seated(self, role: Role, indices: Iterable[int]) -> list[Seat]:
+        """The seats of these processes. Those that are on a node that is gone are exchanged for others first."""
+        seats = self._seats[role]
+        if gone := await lost([seats[index] for index in indices]):
+            others = await self._others(gone)
+            for seat in others:
+                seats[seat.process.index] = seat
+            release(gone, kept=[seat for kept in self._seats.values() for seat in kept])
+            for seat in others:
+                self.listener(seat.process)
+        return [seats[index] for index in indices]
+
+    async def _others(self, gone: Sequence[Seat]) -> list[Seat]:
+        """Seats for the processes of these, on nodes that were looked at."""
+        processes = [seat.process for seat in gone]
+        if any(0 < process.gpus < 1 for process in processes):
+            names = " and ".join(process.name for process in processes)
+            raise EnvironmentProblem(
+                f"{names}: the node is gone with the GPU that trainer and engine shared; start the run again on another"
+            )
+        placement, seats = await reserve(self._config, self.device, Demand.again(self._config, processes))
+        try:
+            await self._check(placement)
+        except BaseException:
+            release(seats, kept=[])
+            raise
+        return seats
 
     async def stop_engine(self, worker: RemoteWorker) -> None:
         """Let an engine close what it has, then end its process."""

@@ -2,12 +2,14 @@
 
 The plan is what Ray does: `place` decides on the free resources of every node, and one placement group holds a bundle
 for each process, tied to its node by the label that every Ray node carries. It is reserved as a whole or not at all,
-and kept while the run lasts, so that a process that died can be started again in its bundle.
+and kept while the run lasts, so that a process that died can be started again in its bundle. The bundles of a node that
+is lost are lost with it, as Ray has no other node of that label: the processes get another group, by the same way.
 """
 
 import asyncio
 import time
 from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from pipelinerl.cluster.placement import Demand, Placement, Process, place
 from pipelinerl.config.device import Device
 from pipelinerl.config.inventory import Inventory, Node
 from pipelinerl.config.schema import RunConfig
-from pipelinerl.errors import EnvironmentProblem, first_line
+from pipelinerl.errors import EnvironmentProblem, WorkerDied, first_line
 
 NODE_LABEL = "ray.io/node-id"
 RETRY_S = 1.0
@@ -76,6 +78,28 @@ async def reserve(config: RunConfig, device: Device, demand: Demand | None = Non
         if own or time.monotonic() + RETRY_S > deadline:
             raise EnvironmentProblem("\n".join(_no_room(config, placement)))
         await asyncio.sleep(RETRY_S)
+
+
+def release(seats: Collection[Seat], kept: Collection[Seat]) -> None:
+    """Give back the groups of `seats` in which none of `kept` has its bundle."""
+    used = {seat.group.id for seat in kept}
+    for group in {seat.group.id: seat.group for seat in seats if seat.group.id not in used}.values():
+        remove_placement_group(group)
+
+
+async def lost(seats: Sequence[Seat]) -> list[Seat]:
+    """Those whose node is no longer in the cluster. Ray notices the sudden end of a node some 15 s late."""
+    alive = {node["NodeID"] for node in await asyncio.to_thread(ray.nodes) if node["Alive"]}
+    return [seat for seat in seats if seat.process.node.id not in alive]
+
+
+async def watch(seats: Sequence[Seat]) -> None:
+    """Look at the nodes of these seats for ever. Raises WorkerDied when one is lost: what is about to start there never
+    does, and Ray does not say so."""
+    while not (gone := await lost(seats)):
+        await asyncio.sleep(RETRY_S)
+    process = gone[0].process
+    raise WorkerDied(f"{process.name}: {process.node.name} was lost while it started there")
 
 
 def check_nodes(placement: Placement, logs: Path, inputs: list[str], env: dict[str, str], timeout_s: float) -> None:

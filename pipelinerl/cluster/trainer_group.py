@@ -1,7 +1,7 @@
 """The trainer ranks as one trainer."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -9,7 +9,7 @@ from pipelinerl.checkpoint.manifest import FileRecord
 from pipelinerl.cluster.remote import RemoteWorker
 from pipelinerl.concurrency import raised, together
 from pipelinerl.config.schema import TrainerConfig
-from pipelinerl.errors import Stalled, TrainerLost, WorkerDied, first_line
+from pipelinerl.errors import EnvironmentProblem, Stalled, TrainerLost, WorkerDied, first_line
 from pipelinerl.types import FloatArray, RankBatch, SampleKL, ScoredSequence, ScoreRequest, StepResult
 
 CAUSE_GRACE_S = 3.0  # how long the other ranks have to report after one has failed
@@ -22,7 +22,7 @@ class TrainerGroup:
     group with it: the call in hand and all that follow raise TrainerLost, until `restart`.
     """
 
-    def __init__(self, launch: Callable[[], Sequence[RemoteWorker]], config: TrainerConfig):
+    def __init__(self, launch: Callable[[], Awaitable[Sequence[RemoteWorker]]], config: TrainerConfig):
         self.restarts = 0
         self._launch = launch
         self._config = config
@@ -34,7 +34,7 @@ class TrainerGroup:
 
     async def setup(self) -> dict[str, Any]:
         """Start the ranks, bring up their process group, load the model on each. Returns what there is to log."""
-        self._ranks = self._launch()
+        self._ranks = await self._launch()
         self._address, port = await self._ranks[0].endpoint(self._config.start_timeout_s)
         described = await self._together(
             rank.call("setup", self._address, port, timeout_s=self._config.start_timeout_s) for rank in self._ranks
@@ -43,11 +43,15 @@ class TrainerGroup:
         return dict(described[0])
 
     async def restart(self) -> None:
-        """New processes in the place of those that are lost, with the weights of model.path."""
+        """New processes in the place of those that are lost, with the weights of model.path. Raises TrainerLost when
+        they cannot be had."""
         self._end(TrainerLost("the trainer is being restarted"))
         self.restarts += 1
         self._lost = None
-        await self.setup()
+        try:
+            await self.setup()
+        except (EnvironmentProblem, Stalled, WorkerDied) as error:
+            raise TrainerLost(first_line(error)) from error
         if self._recording:
             await self.record_batches(self._recording)
 

@@ -125,7 +125,7 @@ class StubLauncher:
     def __init__(self, serving: Serving, mean_s: float) -> None:
         self._serving, self._mean_s = serving, mean_s
 
-    def start_engine(self, index: int, config: RunConfig) -> Any:
+    async def start_engine(self, index: int, config: RunConfig) -> Any:
         return StubWorker(index, self._serving, self._mean_s)
 
     async def stop_engine(self, worker: Any) -> None:

@@ -1,6 +1,7 @@
 """A Ray cluster of several nodes on this machine, in processes of its own: `python -m tests.e2e.ray_nodes CORES...`.
 
-Prints its address, and ends when its standard input does. The environment decides about token authentication.
+Prints its address, and ends when its standard input does. A line `exchange NODE CORES` there kills the node whose id
+begins with NODE, which must not be the first, and then adds one. The environment decides about token authentication.
 """
 
 import sys
@@ -14,7 +15,11 @@ def main(cores: list[int]) -> None:
     for count in cores[1:]:
         cluster.add_node(num_cpus=count, **small)
     print(f"address {cluster.address}", flush=True)
-    sys.stdin.read()
+    for line in sys.stdin:
+        _, lost, new_cores = line.split()
+        [node] = [node for node in cluster.worker_nodes if node.node_id.startswith(lost)]
+        cluster.remove_node(node, allow_graceful=False)
+        cluster.add_node(num_cpus=int(new_cores), **small)
     cluster.shutdown()
 
 

@@ -98,7 +98,7 @@ class FakeLauncher:
     lives: list[list[FakeWorker]]
     started: list[int] = field(default_factory=list)
 
-    def start_engine(self, index: int, config: RunConfig) -> FakeWorker:
+    async def start_engine(self, index: int, config: RunConfig) -> FakeWorker:
         self.started.append(index)
         return self.lives[index].pop(0)
 
@@ -187,7 +187,11 @@ async def test_an_error_that_is_no_death_ends_the_run_and_is_not_tried_again() -
 def trainer_group(*ranks: FakeWorker, sequence_parallel: int = 1) -> TrainerGroup:
     timeouts = {"step_timeout_s": 7.0, "start_timeout_s": 3.0}
     config = TrainerConfig(ranks=len(ranks), sequence_parallel=sequence_parallel, **timeouts)
-    group = TrainerGroup(lambda: list(ranks), config)  # type: ignore[arg-type, return-value]
+
+    async def launch() -> list[Any]:
+        return list(ranks)
+
+    group = TrainerGroup(launch, config)
     group._ranks = ranks  # type: ignore[assignment]  # as after setup
     return group
 

@@ -14,7 +14,7 @@ from pipelinerl.cluster.fleet import Fleet
 from pipelinerl.cluster.trainer_group import TrainerGroup
 from pipelinerl.concurrency import background
 from pipelinerl.config.schema import TrainerConfig
-from pipelinerl.errors import Stalled, TrainerLost, WorkerDied, WorkerFailed
+from pipelinerl.errors import EnvironmentProblem, PipelineRLError, Stalled, TrainerLost, WorkerDied, WorkerFailed
 from pipelinerl.types import FleetEvent, Outcome, RankBatch, StepResult
 from tests.integration.test_fleet import PROBLEM, FakeWorker, fleet_with
 from tests.unit.fakes import settle, until
@@ -182,11 +182,18 @@ def fleet_backoff(fleet: Fleet) -> None:
 # The trainer's ranks
 
 
-def group_of(*lives: list[FakeWorker], **settings: Any) -> TrainerGroup:
-    """Ranks that are started in turns: `lives[i]` are the ranks of the i-th start."""
+def group_of(*lives: list[FakeWorker] | PipelineRLError, **settings: Any) -> TrainerGroup:
+    """Ranks that are started in turns: `lives[i]` are the ranks of the i-th start, or what it raises."""
     starts = iter(lives)
-    config = TrainerConfig(ranks=len(lives[0]), pulse_s=0.01, **settings)
-    return TrainerGroup(lambda: next(starts), config)  # type: ignore[arg-type, return-value]
+
+    async def launch() -> list[Any]:
+        life = next(starts)
+        if isinstance(life, PipelineRLError):
+            raise life
+        return life
+
+    ranks = max(len(life) for life in lives if isinstance(life, list))
+    return TrainerGroup(launch, TrainerConfig(ranks=ranks, pulse_s=0.01, **settings))
 
 
 NOTHING = [[RankBatch(((),)), RankBatch(((),))]]
@@ -228,6 +235,20 @@ async def test_a_rank_without_a_pulse_ends_the_step_that_waits_for_it() -> None:
         await asyncio.sleep(0.05)
         assert not again[0].killed
     assert group.restarts == 1
+
+
+async def test_a_restart_that_finds_no_room_is_a_loss_and_so_is_tried_again() -> None:
+    lost, again = FakeWorker(lambda method: WorkerDied("rank 0 died") if method == "step" else {}), FakeWorker()
+    group = group_of([lost], EnvironmentProblem("no room"), Stalled("took too long"), [again])
+    await group.setup()
+    for why in ("no room", "took too long"):
+        with pytest.raises(TrainerLost, match=why):
+            await group.restart()
+    await group.restart()
+    assert group.restarts == 3 and [method for method, _ in again.calls] == ["setup"]
+    first = group_of(EnvironmentProblem("no room"), [again])
+    with pytest.raises(EnvironmentProblem, match="no room"):
+        await first.setup()
 
 
 async def test_a_stall_of_a_step_is_a_loss() -> None:

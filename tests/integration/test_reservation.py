@@ -3,11 +3,13 @@
 import asyncio
 import errno
 import socket
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import pytest_asyncio
 import ray
 
 from pipelinerl.cluster import ray_cluster, remote, reservation
@@ -15,6 +17,7 @@ from pipelinerl.config.inventory import Node
 from pipelinerl.config.schema import RunConfig
 from pipelinerl.errors import EnvironmentProblem
 from tests.integration.models import run_config
+from tests.unit.fakes import until
 
 
 def answers(monkeypatch: pytest.MonkeyPatch, nodes: list[dict[str, Any]], free: dict[str, dict[str, float]]) -> None:
@@ -121,6 +124,145 @@ async def test_a_node_that_comes_late_is_used(monkeypatch: pytest.MonkeyPatch) -
     placement, seats = await waiting
     assert [(seat.process, seat.bundle) for seat in seats] == list(zip(placement.processes, range(4), strict=True))
     assert asked == [([{"CPU": 1.0}] * 4, [{"ray.io/node-id": "late"}] * 4)]
+
+
+# A node that is lost
+
+
+class Groups:
+    """Placement groups, all of which Ray can give: their bundles' nodes, and which of them were given back."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.made: list[list[str]] = []
+        self.removed: list[int] = []
+        monkeypatch.setattr(reservation, "placement_group", self._make)
+        monkeypatch.setattr(reservation, "remove_placement_group", lambda group: self.removed.append(group.id))
+
+    def _make(self, bundles: Any, strategy: str, bundle_label_selector: list[dict[str, str]]) -> Any:
+        async def ready() -> None: ...
+
+        self.made.append([selector[reservation.NODE_LABEL] for selector in bundle_label_selector])
+        return SimpleNamespace(id=len(self.made) - 1, ready=ready)
+
+
+@dataclass
+class Started:
+    """A process that comes up at once, or, on a node of `dying`, never."""
+
+    node: str
+    dying: set[str]
+    killed: bool = False
+
+    async def endpoint(self, timeout_s: float) -> tuple[str, int]:
+        await asyncio.sleep(60 if self.node in self.dying else 0)
+        return self.node, 1
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+@dataclass
+class Joined:
+    """A cluster of fake nodes with two ranks on `two` and an engine each on `driver` and `one`."""
+
+    cluster: ray_cluster.RayCluster
+    groups: Groups
+    nodes: list[dict[str, Any]]
+    free: dict[str, dict[str, float]]
+    checked: list[list[str]]
+    started: list[tuple[str, str]] = field(default_factory=list)
+    dying: set[str] = field(default_factory=set)
+
+    def lose(self, number: str) -> None:
+        next(node for node in self.nodes if node["NodeID"] == number)["Alive"] = False
+
+    def join(self, number: str, cpus: float) -> None:
+        self.nodes.append(alive(number, number, CPU=cpus))
+        self.free[number] = {"CPU": cpus}
+
+    def start(self, seat: reservation.Seat, *args: Any, **options: Any) -> Any:
+        self.started.append((seat.process.name, seat.process.node.id))
+        return Started(seat.process.node.id, self.dying)
+
+
+@pytest_asyncio.fixture
+async def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Joined:
+    cpus = {"driver": 1.0, "two": 2.0, "one": 1.0}
+    nodes, free = (
+        [alive(name, name, CPU=count) for name, count in cpus.items()],
+        {name: {"CPU": count} for name, count in cpus.items()},
+    )
+    answers(monkeypatch, nodes, free)
+    monkeypatch.setattr(reservation, "RETRY_S", 0.05)
+    checked: list[list[str]] = []
+    looks = lambda placement, *_: checked.append([node.id for node in placement.by_node()])  # noqa: E731
+    monkeypatch.setattr(ray_cluster, "check_nodes", looks)
+    cluster = ray_cluster.RayCluster(joined(0.5), tmp_path)
+    joins = Joined(cluster, Groups(monkeypatch), nodes, free, checked)
+    monkeypatch.setattr(cluster, "_start", joins.start)
+    await cluster.reserve()
+    free |= {name: {} for name in cpus}
+    return joins
+
+
+async def test_a_process_is_started_again_in_its_place_and_elsewhere_when_the_node_is_gone(run: Joined) -> None:
+    moved: list[str] = []
+    run.cluster.listener = lambda process: moved.append(f"{process.name} -> {process.node.name}")
+    config = joined(0.5)
+    await run.cluster.start_engine(1, config)
+    run.lose("one")
+    run.join("spare", 4)
+    await run.cluster.start_engine(1, config)
+    await run.cluster.start_engine(1, config)
+    assert run.started == [("engine 1", "one"), ("engine 1", "spare"), ("engine 1", "spare")]
+    assert run.groups.made == [["two", "two", "driver", "one"], ["spare"]] and moved == ["engine 1 -> node spare"]
+    assert run.checked[1:] == [["spare"]], "as at the start, before a process is there"
+    assert run.cluster.places()["engine 1"] == "node spare"
+    run.lose("spare")
+    run.join("last", 4)
+    await run.cluster.start_engine(1, config)
+    assert run.groups.removed == [1], "the first group has the others, the second nobody"
+
+
+async def test_ranks_move_together_and_only_those_whose_node_is_gone(run: Joined) -> None:
+    run.lose("two")
+    run.join("small", 1)
+    run.join("large", 2)
+    await run.cluster.start_ranks()
+    assert run.started == [("trainer rank 0", "large"), ("trainer rank 1", "large")]
+    assert run.groups.made[1:] == [["large", "large"]] and run.groups.removed == []
+
+
+async def test_without_room_a_start_fails_and_the_next_one_may_find_some(run: Joined) -> None:
+    run.lose("one")
+    lacks = r"no room in the cluster .* within cluster\.placement_timeout_s=0\.5: 1 process finds no room on cores"
+    with pytest.raises(EnvironmentProblem, match=lacks):
+        await run.cluster.start_engine(1, joined(0.5))
+    run.join("back", 1)
+    await run.cluster.start_engine(1, joined(0.5))
+    assert run.started == [("engine 1", "back")]
+
+
+async def test_a_node_that_is_not_fit_gets_no_process(run: Joined, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unfit(*_: Any) -> None:
+        raise EnvironmentProblem("node other: the model is not there")
+
+    monkeypatch.setattr(ray_cluster, "check_nodes", unfit)
+    run.lose("one")
+    run.join("other", 1)
+    with pytest.raises(EnvironmentProblem, match="the model is not there"):
+        await run.cluster.start_engine(1, joined(0.5))
+    assert run.started == [] and run.groups.removed == [1] and run.cluster.places()["engine 1"] == "node one"
+
+
+async def test_a_node_that_is_lost_during_a_start_does_not_hold_it_up(run: Joined) -> None:
+    run.dying.add("one")
+    starting = asyncio.create_task(run.cluster.start_engine(1, joined(30)))
+    await until(lambda: run.started == [("engine 1", "one")])
+    run.join("spare", 1)
+    run.lose("one")
+    worker: Any = await asyncio.wait_for(starting, 5)
+    assert run.started[1:] == [("engine 1", "spare")] and not worker.killed
 
 
 @pytest.mark.parametrize(("address", "chosen"), [("10.1.2.3", "ib0"), ("127.0.0.1", "lo"), ("10.9.9.9", None)])

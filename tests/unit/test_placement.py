@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelinerl.cluster.placement import Placement, Process, place
+from pipelinerl.cluster.placement import Demand, Placement, Process, place
+from pipelinerl.config.device import Device
 from pipelinerl.config.inventory import Inventory, Node, uniform
 from pipelinerl.config.schema import RunConfig
 from tests.unit.fakes import small_config
@@ -207,6 +208,70 @@ def test_the_only_gpu_is_shared() -> None:
 )  # fmt: skip
 def test_what_lacks_is_said(wanted: RunConfig, inventory: Inventory, problems: list[str]) -> None:
     assert place(wanted, inventory, "cuda") == Placement((), tuple(problems))
+
+
+# Processes whose node is lost, over what is free on the others.
+
+
+def again(wanted: RunConfig, free: Inventory, device: Device, *names: str) -> Placement:
+    """Those of a run that had half a core each for a process, or with a GPU a whole one."""
+    cpus, gpus = (1.0, 1) if device == "cuda" else (0.5, 0)
+    width = wanted.engine.workers
+    ranks = [Process("trainer rank", i, Node("lost", 9), cpus, gpus) for i in range(wanted.trainer.ranks)]
+    wide = cpus if gpus else cpus * width
+    engines = [Process("engine", i, Node("lost", 9), wide, gpus * width) for i in range(wanted.engine.count)]
+    lost = [process for process in [*ranks, *engines] if process.name in names]
+    return place(wanted, free, device, Demand.again(wanted, lost))
+
+
+def test_a_process_that_is_placed_again_keeps_its_name_and_takes_what_it_had() -> None:
+    wide = config(4, 3, 2)
+    assert seats(again(wide, gpu_nodes(1, 1, 3), "cuda", "engine 1")) == {"engine 1": "n2"}
+    ranks = again(wide, gpu_nodes(1, 2), "cuda", "trainer rank 1", "trainer rank 3")
+    assert seats(ranks) == {"trainer rank 1": "n1", "trainer rank 3": "n1"}
+    (engine,) = again(wide, cpu_nodes(0.9, 8), "cpu", "engine 2").processes
+    assert (engine.node.name, engine.cpus) == ("n1", 1.0), "two workers of half a core, though there is more"
+    (rank,) = again(wide, gpu_nodes(1, cpus=0.25), "cuda", "trainer rank 0").processes
+    assert rank.resources() == {"CPU": 0.25, "GPU": 1.0}, "its cores do not keep it from a GPU"
+    alone = again(config(1, 1), gpu_nodes(1), "cuda", "engine 0")
+    assert not alone.shares_gpu, "the rank has its own elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("device", "names", "free", "problems"),
+    [
+        (
+            "cuda",
+            ["engine 1"],
+            gpu_nodes(1, 1),
+            ["an engine needs 2 GPUs on one node (tensor_parallel=2), 1 missing on the largest: n0 has 1, n1 has 1"],
+        ),
+        (
+            "cuda",
+            ["engine 1"],
+            gpu_nodes(1, 0),
+            ["2 GPUs needed (engine 1 x tensor_parallel=2), 1 missing: n0 has 1, n1 has 0 (one GPU is shared only by "
+             "one rank and one engine of one worker)",
+             "an engine needs 2 GPUs on one node (tensor_parallel=2), 1 missing on the largest: n0 has 1, n1 has 0"],
+        ),
+        (
+            "cuda",
+            ["trainer rank 1", "trainer rank 2"],
+            gpu_nodes(0),
+            ["2 GPUs needed (trainer rank 1 and trainer rank 2), 2 missing: n0 has 0"],
+        ),
+        (
+            "cpu",
+            ["trainer rank 1"],
+            cpu_nodes(0.4),
+            ["1 process finds no room on cores, at least 0.5 of one for each: n0 has 0.4"],
+        ),
+    ],
+)  # fmt: skip
+def test_what_lacks_for_processes_that_lost_their_node_is_said(
+    device: Device, names: list[str], free: Inventory, problems: list[str]
+) -> None:
+    assert again(config(4, 3, 2), free, device, *names) == Placement((), tuple(problems))
 
 
 def test_a_node_with_few_cores_divides_them() -> None:
