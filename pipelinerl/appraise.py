@@ -1,6 +1,5 @@
 """`pipelinerl eval`: start the engines of a run, without a trainer, and evaluate `model.path` as version 0."""
 
-import asyncio
 import json
 import time
 from collections import Counter
@@ -8,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pipelinerl.concurrency import background
+from pipelinerl.concurrency import background, nap
 from pipelinerl.config.preflight import with_absolute_paths
 from pipelinerl.config.schema import RunConfig
 from pipelinerl.errors import EXIT_DONE, BudgetSpent, ConfigError, Stalled
@@ -81,7 +80,8 @@ class Progress:
         """Raise when no problem was finished for too long; tell now and then how far it is."""
         limit, told = self.session.config.cluster.stall_timeout_s, time.monotonic()
         while True:
-            await asyncio.sleep(HEALTH_INTERVAL_S)
+            stood_still = await nap(HEALTH_INTERVAL_S)
+            self.last += stood_still
             now = time.monotonic()
             if now - self.last > limit:
                 raise Stalled(f"no problem was finished for cluster.stall_timeout_s={limit:g} s")

@@ -19,7 +19,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 
-from pipelinerl.concurrency import background
+from pipelinerl.concurrency import background, nap
 from pipelinerl.config.plan import eval_versions
 from pipelinerl.errors import Stalled
 from pipelinerl.metrics.provenance import kv_metrics
@@ -99,10 +99,11 @@ async def roll_out(run: Run, ticket: int, problem: Problem) -> None:
 
 
 async def watch(run: Run) -> None:
-    """End the run when nothing has been finished for too long."""
+    """End the run when nothing has been finished for too long, while this process was not itself stopped."""
     limit = run.config.cluster.stall_timeout_s
     while True:
-        await asyncio.sleep(min(WATCH_INTERVAL_S, limit / 4))
+        stood_still = await nap(min(WATCH_INTERVAL_S, limit / 4))
+        run.last_progress += stood_still
         if time.monotonic() - run.last_progress > limit:
             raise Stalled(
                 f"no group and no step was finished for cluster.stall_timeout_s={limit:g} s "

@@ -1,8 +1,13 @@
 """The stacks of a process on demand, also when it hangs.
 
-A process that called `answer_stack_requests` appends the stacks of all its threads to a file of its own whenever it
-gets SIGNAL. The handler is faulthandler's, in C: it needs neither the interpreter's lock nor a thread that listens, so
-a process that is stuck in a collective or in foreign code answers too. One that is stopped or gone does not.
+A process that called `answer_stack_requests` appends the stacks of all its threads to a file of its own
+
+    when it is asked at its socket    by a thread, with the interpreter's lock: no frame moves meanwhile
+    when it gets SIGNAL               by faulthandler's handler in C, which needs no lock: a process that is stuck in
+                                      foreign code which holds it answers too
+
+One that is stopped or gone does not. The handler may crash a process that runs, so SIGNAL is for those that did not
+answer at their socket.
 """
 
 import faulthandler
@@ -10,6 +15,7 @@ import json
 import os
 import signal
 import socket
+import threading
 from pathlib import Path
 from typing import TextIO
 
@@ -29,12 +35,22 @@ def answer_stack_requests(folder: Path, name: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     host, pid = socket.gethostname(), os.getpid()
     _file = (folder / f"{host}-{pid}.txt").open("w")
+    asked = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    asked.bind("")  # to a name of the kernel's choice that is in no file system
     who = {"name": name, "host": host, "pid": pid, "created": psutil.Process().create_time()}  # a pid is used again
+    who["socket"] = bytes(asked.getsockname()).hex()
     _file.write(json.dumps(who) + "\n")
     _file.flush()
     os.environ[FOLDER_VARIABLE] = str(folder)
     _answering = pid
     faulthandler.register(SIGNAL, file=_file, all_threads=True)
+    threading.Thread(target=_answer, args=(asked, _file), name="stacks", daemon=True).start()
+
+
+def _answer(asked: socket.socket, file: TextIO) -> None:
+    while True:
+        asked.recv(1)
+        faulthandler.dump_traceback(file, all_threads=True)
 
 
 def answer_as_told(name: str) -> None:

@@ -4,12 +4,11 @@
                             processes.txt   every process below this one: pid, state, CPU seconds, memory, title
                             stacks.txt      every thread of every process of ours that answered
 
-Processes are asked by a signal (see stacks.py) and have `timeout_s`, all together; the rest is local and quick. Those
-on other nodes are listed but not asked.
+Processes are asked (see stacks.py), and after half of `timeout_s` those that did not answer are asked by a signal; the
+rest is local and quick. Those on other nodes are listed but not asked.
 """
 
 import json
-import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -60,23 +59,37 @@ class _Asked:
 
     path: Path
     who: str
-    state: str  # why it cannot answer; "" when it was asked
+    process: psutil.Process | None  # None: it cannot answer
+    state: str  # why it cannot; "" when it was asked
     before: int
 
     @property
     def size(self) -> int:
         return self.path.stat().st_size
 
+    @property
+    def answered(self) -> bool:
+        return self.size > self.before
+
+    def signal(self) -> bool:
+        """Ask it once more; says whether it was. Not when it is stopped: it would get the signal when it goes on."""
+        with suppress(psutil.NoSuchProcess):
+            if self.process is not None and self.process.status() != psutil.STATUS_STOPPED:
+                self.process.send_signal(SIGNAL)
+                return True
+        return False
+
 
 def _stacks(folder: Path, timeout_s: float) -> str:
     asked = [_ask(path) for path in sorted(folder.glob("*.txt"))]
-    _wait([process for process in asked if not process.state], timeout_s)
+    _wait([process for process in asked if not process.state], timeout_s / 2)
+    _wait([process for process in asked if not process.answered and process.signal()], timeout_s / 2)
     return "\n".join(f"==== {process.who}\n{_answer(process, timeout_s)}" for process in asked)
 
 
 def _ask(path: Path) -> _Asked:
     who = json.loads(path.read_text().split("\n", 1)[0])
-    asked = _Asked(path, f"{who['name']}, pid {who['pid']} on {who['host']}", "", path.stat().st_size)
+    asked = _Asked(path, f"{who['name']}, pid {who['pid']} on {who['host']}", None, "", path.stat().st_size)
     if who["host"] != socket.gethostname():
         asked.state = "on another node: not asked"
         return asked
@@ -85,8 +98,10 @@ def _ask(path: Path) -> _Asked:
         if process.status() == psutil.STATUS_ZOMBIE or process.create_time() != who["created"]:
             asked.state = "gone"  # another one may have the number now: SIGNAL would end it
         else:
-            os.kill(who["pid"], SIGNAL)
-    except (psutil.NoSuchProcess, ProcessLookupError):
+            asked.process = process
+            with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as asking:
+                asking.sendto(b"?", bytes.fromhex(who["socket"]))
+    except psutil.NoSuchProcess:
         asked.state = "gone"
     return asked
 
@@ -96,7 +111,7 @@ def _wait(asked: Sequence[_Asked], timeout_s: float) -> None:
     deadline, sizes = time.monotonic() + timeout_s, [-1]
     while time.monotonic() < deadline:
         before, sizes = sizes, [process.size for process in asked]
-        if sizes == before and all(size > process.before for size, process in zip(sizes, asked, strict=True)):
+        if sizes == before and all(process.answered for process in asked):
             return
         time.sleep(POLL_S)
 

@@ -5,7 +5,6 @@ torch or vLLM. What the class prints goes to a log file. What it raises of our o
 anything else as WorkerFailed; a process that is gone arrives as WorkerDied, a call that takes too long as Stalled.
 """
 
-import asyncio
 import os
 import socket
 import sys
@@ -24,6 +23,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from pipelinerl.cluster.lifeline import agents_of_raylet, end_with_parent
 from pipelinerl.cluster.pinning import Cores, pin_this_process
 from pipelinerl.cluster.waiting import noted
+from pipelinerl.concurrency import patience
 from pipelinerl.errors import PipelineRLError, Stalled, TrainerLost, WorkerDied, WorkerFailed, first_line
 from pipelinerl.stacks import FOLDER as STACKS
 from pipelinerl.stacks import answer_stack_requests
@@ -183,7 +183,7 @@ class RemoteWorker:
     async def _wait(self, ref: Any, method: str, timeout_s: float | None) -> Any:
         try:
             with noted(self.name, method):
-                async with asyncio.timeout(timeout_s):
+                async with patience(timeout_s):
                     return await ref
         except RayTaskError as error:  # first: Ray's copy of a worker's own TimeoutError is both
             cause = error.cause

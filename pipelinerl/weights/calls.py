@@ -1,10 +1,11 @@
 """The same call to all engines of a weight update, and what to make of those that fail."""
 
 import asyncio
-import time
 from collections.abc import Coroutine, Sequence
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
+from pipelinerl.concurrency import patience
 from pipelinerl.errors import WeightSyncError, WorkerDied
 from pipelinerl.weights.membership import Conduct, ReceivingEngine
 
@@ -41,14 +42,13 @@ class Calls(Generic[T]):
         With `coupled` calls one that fails takes the others with it: they get a little time to say who died. Others
         are waited for.
         """
-        deadline = time.monotonic() + timeout_s
-        while (pending := self._pending()) and time.monotonic() < deadline:
-            await asyncio.wait(
-                pending, timeout=max(0.0, deadline - time.monotonic()), return_when=asyncio.FIRST_EXCEPTION
-            )
-            if coupled and self._errors():
-                deadline = min(deadline, time.monotonic() + CAUSE_GRACE_S)
-                coupled = False
+        with suppress(TimeoutError):
+            async with patience(timeout_s):
+                while pending := self._pending():
+                    await asyncio.wait(pending, return_when=asyncio.FIRST_EXCEPTION)
+                    if coupled and self._errors():
+                        await asyncio.wait(self._tasks, timeout=CAUSE_GRACE_S)
+                        break
         self.blame()
         if pending := self._pending():
             error = WeightSyncError(f"the weight update took more than weights.timeout_s={timeout_s:g} s")

@@ -41,7 +41,8 @@ class Progress:
     served: dict[ReceivingEngine, dict[str, float]] = field(default_factory=dict)  # times
     attempts: int = 0
     refused: int = 0  # by a canary
-    differing: list[str] | None = None  # from what was published last; None: not known
+    judged: bool = False  # what was sent was compared with what was sent before it
+    differing: list[str] | None = None  # from that; None: not known
     error: Exception | None = None  # of the last attempt that failed
 
 
@@ -58,15 +59,16 @@ class Publisher:
         self._conduct = Conduct(members)
         self._groups = Groups(trainer, self._conduct, config, backend, workers_per_engine)
         self._running: asyncio.Task[dict[str, float]] | None = None
-        self._digests: list[int] | None = None  # of what was published last
+        self._digests: list[int] | None = None  # of what was sent last
+        self._unsent: bool | None = False  # whether the calls since then had weights that must differ from it
 
     async def publish(self, version: int, changed: bool | None = None) -> dict[str, float]:
         """Bring the trainer's current weights, which are `version`, to all engines. Returns `sync/*` metrics.
 
-        `changed` says whether they must differ from those published last; None: not known. With the canary on that is
-        judged too. Raises WeightSyncError when it does not hold, before any engine has taken them, and what the trainer
-        raises when a rank of it failed. When no engine is left the update is over: who starts engines again brings them
-        the weights of then.
+        `changed` says whether they must differ from those of the call before, whether or not an engine was there to get
+        them; None: not known. With the canary on that is judged too. Raises WeightSyncError when it does not hold,
+        before any engine has taken them, and what the trainer raises when a rank of it failed. When no engine is left
+        the update is over: who starts engines again brings them the weights of then.
         """
         return await (await self.begin(version, changed))
 
@@ -77,7 +79,8 @@ class Publisher:
         """
         if self._running is not None:
             await asyncio.wait([self._running])
-        progress = Progress(version, changed)
+        progress = Progress(version, _either(self._unsent, changed))
+        self._unsent = progress.changed
         task = self._running = asyncio.create_task(self._update(progress), name=f"weights of version {version}")
         free = asyncio.create_task(progress.trainer_free.wait())
         try:
@@ -162,13 +165,21 @@ class Publisher:
         progress.sent["bytes"] = group.nbytes
         progress.sent["epoch"] = group.epoch
         if "digests" in progress.sent:
-            if self._digests is not None:
-                pairs = zip(group.names, self._digests, progress.sent["digests"], strict=True)
-                progress.differing = [name for name, before, now in pairs if before != now]
-                _judge(progress.version, progress.differing, progress.changed)
+            if not progress.judged:
+                self._compare(progress, group.names)
             progress.sent["parameters"] = len(group.names)
         if self._overlaps:
             progress.trainer_free.set()
+
+    def _compare(self, progress: Progress, names: list[str]) -> None:
+        """With what was sent last, whether or not an engine was left to serve that."""
+        assert progress.sent is not None
+        before, self._digests = self._digests, progress.sent["digests"]
+        progress.judged, self._unsent = True, False
+        if before is not None:
+            pairs = zip(names, before, progress.sent["digests"], strict=True)
+            progress.differing = [name for name, then, now in pairs if then != now]
+            _judge(progress.version, progress.differing, progress.changed)
 
     def _metrics(self, progress: Progress) -> dict[str, float]:
         sent, received = progress.sent, list(progress.served.values())
@@ -187,12 +198,16 @@ class Publisher:
             "sync/attempts": float(progress.attempts),
         }
         if "digests" in sent:
-            self._digests = sent["digests"]
             metrics["sync/canary_err"] = float(progress.refused)  # times that an engine refused what it had got
             metrics["sync/params_read_back"] = min(times["params_read_back"] for times in received)
             if progress.differing is not None:
                 metrics["sync/params_changed"] = len(progress.differing) / sent["parameters"]
         return metrics
+
+
+def _either(before: bool | None, now: bool | None) -> bool | None:
+    """Whether weights that changed so, and then so, must have changed."""
+    return True if before or now else (None if None in (before, now) else False)
 
 
 def _judge(version: int, differing: list[str], changed: bool | None) -> None:

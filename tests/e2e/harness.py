@@ -1,5 +1,6 @@
 """Runs of the real command in processes of their own, tagged so that every process they start can be found again."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,8 +9,12 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
+
+from pipelinerl.metrics.log import read_metrics
+from pipelinerl.rollout.ledger import Ledger
 
 TAG = "PIPELINERL_TEST_TAG"
 
@@ -22,7 +27,8 @@ class TrainCommand:
     ):  # `takes_run_dir`: as an argument of its own, not as a setting
         self.run_dir = run_dir
         self.tag = uuid.uuid4().hex
-        self._seen: set[psutil.Process] = set()
+        self._seen: set[psutil.Process] = set()  # of the run
+        self._asked: set[psutil.Process] = set()  # for their tag, which they have from their first moment or never
         self._output = (run_dir.parent / f"{run_dir.name}.out").open("w+")
         self.process = subprocess.Popen(
             [
@@ -76,17 +82,27 @@ class TrainCommand:
         Graders start with a clean environment and so without the tag; they are found below their parents, and stay
         known when those are gone.
         """
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get(TAG) == self.tag:
-                    self._seen.update(process.children(recursive=True), [process])
-            except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
-                continue
+        living = {process.pid: process for process in psutil.process_iter()}
+        for process in living.values():
+            if process not in self._asked and (environment := _environment(process)):
+                self._asked.add(process)
+                if environment.get(TAG) == self.tag:
+                    self._seen.add(process)
+        parents = {pid: _parent(process) for pid, process in living.items()}
+        ours = {process.pid for process in self._seen if living.get(process.pid) == process}
+        while more := {pid for pid, parent in parents.items() if parent in ours and pid not in ours}:
+            ours |= more
+        self._seen.update(living[pid] for pid in ours)
         return [process for process in self._seen if _alive(process)]
+
+    def processes_named(self, part: str) -> list[psutil.Process]:
+        """Those whose title or command line contains `part`, oldest first."""
+        found = [process for process in self.processes() if part in _title(process)]
+        return sorted(found, key=psutil.Process.create_time)
 
     def process_named(self, part: str) -> psutil.Process:
         """The one process whose title or command line contains `part`."""
-        found = [process for process in self.processes() if part in _title(process)]
+        found = self.processes_named(part)
         assert len(found) == 1, [_title(process) for process in self.processes()]
         return found[0]
 
@@ -104,9 +120,38 @@ class TrainCommand:
         self._output.close()
 
 
+def ledger_of(run_dir: Path) -> dict[str, Any]:
+    """ledger.json, which must balance: every prompt that was drawn is in one state, and trained on at most once."""
+    ledger: dict[str, Any] = json.loads((run_dir / "ledger.json").read_text())
+    Ledger.resumed(ledger)
+    states = [*ledger["trained"].values(), *ledger["dropped"].values()]
+    states += [ledger[name] for name in ("queued", "running", "generated")]
+    assert sorted(ticket for tickets in states for ticket in tickets) == list(range(ledger["drawn"]))
+    return ledger
+
+
+def train_records(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that are of optimizer steps."""
+    return [record for record in read_metrics(run_dir / "metrics.jsonl") if record["kind"] == "train"]
+
+
 def _user_environment() -> dict[str, str]:
     """The environment without what other tests have set in it: the command must do without."""
     return {key: value for key, value in os.environ.items() if not key.startswith(("VLLM_", "DS_", "TORCH", "OMP_"))}
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ()
+    except (psutil.Error, OSError):
+        return {}
+
+
+def _parent(process: psutil.Process) -> int | None:
+    try:
+        return process.ppid()
+    except psutil.Error:
+        return None
 
 
 def _alive(process: psutil.Process) -> bool:

@@ -1,12 +1,15 @@
 """How runs end: the right exit code, one line of cause, no process left. Real processes, really killed."""
 
+import json
+import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from pipelinerl.errors import EXIT_RECOVERABLE, EXIT_SIGINT, EXIT_SIGTERM
-from tests.e2e.harness import TrainCommand
+from pipelinerl.errors import EXIT_BUDGET_SPENT, EXIT_RECOVERABLE, EXIT_SIGINT, EXIT_SIGTERM
+from tests.e2e.harness import TrainCommand, ledger_of, train_records
 
 Start = Callable[..., TrainCommand]
 
@@ -29,14 +32,25 @@ def start(tmp_path: Path, random_model: Path) -> Iterator[Start]:
 
 
 def test_ctrl_c_stops_cleanly_and_keeps_what_there_is(start: Start) -> None:
-    run = start()
-    run.wait_for_step(3)
+    """Of a run whose completions are of one token; the text of those that are an end of sequence is empty."""
+    run = start("sampling.max_tokens=1", "metrics.rollout_groups_per_step=null")
+    run.wait_for_step(6)
     assert any("grader_child" in title for title in run.leftovers(grace_s=0)), "the harness sees all processes"
     run.interrupt_group()
     assert run.exit_code(60) == EXIT_SIGINT, run.output
     assert run.leftovers() == []
     assert (run.run_dir / "plots" / "reward.png").exists()
     assert "Traceback" not in run.output
+    for record in train_records(run.run_dir):
+        assert all(math.isfinite(value) for name, value in record.items() if name != "kind"), record
+        assert record["completion/tokens_max"] == 1 and record["optim/skipped"] == 0
+    texts = [
+        json.loads(line)["completion"]
+        for file in (run.run_dir / "rollouts").iterdir()
+        for line in file.read_text().splitlines()
+    ]
+    assert "" in texts and len(set(texts)) > 2
+    assert not ledger_of(run.run_dir)["dropped"]
 
 
 def test_sigterm_during_start_up_stops_cleanly(start: Start) -> None:
@@ -47,12 +61,49 @@ def test_sigterm_during_start_up_stops_cleanly(start: Start) -> None:
     assert run.leftovers() == []
 
 
-def test_without_restarts_a_killed_engine_ends_the_run_with_its_name(start: Start) -> None:
+def test_an_engine_that_dies_again_and_again_is_retired_and_the_last_of_them_ends_the_run(start: Start) -> None:
     """Other processes that die are in test_recovery.py and test_faults.py."""
-    run = start("engine.max_restarts=0")
+    run = start("engine.count=2", "engine.max_restarts=1", "reward.length_penalty=1", "trainer.warmup_steps=0")
     run.wait_for_step(2)
+    actors = run.processes_named("ray::_AsyncHost")
+    run.processes_named("VLLM::EngineCore")[0].kill()
+    run.wait_until(lambda: set(run.processes_named("ray::_AsyncHost")) - set(actors), "another actor", 60)
+    for process in set(run.processes_named("ray::_AsyncHost")) - set(actors):
+        process.kill()
+    run.wait_for_line("engine.max_restarts=1 are spent", 60)
+    run.wait_for_step(len(train_records(run.run_dir)) + 3, 60)
+    assert [record["fleet/engines"] for record in train_records(run.run_dir)[-2:]] == [1, 1]
+
+    run.process_named("VLLM::EngineCore").kill()  # the trainer takes steps that no engine is there for
+    run.wait_until(lambda: re.search(r"engine \d: serves version", run.output), "the other engine to be back", 90)
+    run.wait_for_step(len(train_records(run.run_dir)) + 5, 60)
     run.process_named("VLLM::EngineCore").kill()
-    assert run.exit_code(90) == EXIT_RECOVERABLE, run.output
+    assert run.exit_code(60) == EXIT_RECOVERABLE, run.output
     assert run.leftovers() == []
-    errors = [line for line in run.output.splitlines() if line.startswith("pipelinerl: error:")]
-    assert len(errors) == 1 and "engine 0" in errors[0], run.output
+    [first, last] = re.findall(r"engine (\d): engine\.max_restarts=1 are spent", run.output)
+    [error] = re.findall("^pipelinerl: error: (.*)$", run.output, re.MULTILINE)
+    assert first != last and error.startswith(
+        f"0 of 2 engines are left and engine.min_count=1 are needed: engine {last} died 2 times"
+    )
+    assert "Traceback" not in run.output
+    ledger_of(run.run_dir)
+    assert any(record.get("sync/params_changed", 0) > 0 for record in train_records(run.run_dir))
+
+
+def test_weights_without_finite_logprobs_cost_steps_and_completions_and_then_the_run(start: Start) -> None:
+    """Step 1 makes weights of 1e30. Step 2 trains on completions of before; then the engine gets them."""
+    sizes = ["trainer.lr=1e30", "trainer.warmup_steps=0", "weights.every=2", "batch.max_dropped_groups_in_a_row=8"]
+    run = start(*sizes, "reward.length_penalty=1", "sampling.max_tokens=64", "engine.max_model_len=128")
+    assert run.exit_code(240) == EXIT_BUDGET_SPENT, run.output
+    assert run.leftovers() == []
+    errors = re.findall("^pipelinerl: error: (.*)$", run.output, re.MULTILINE)
+    assert len(errors) == 1 and "Traceback" not in run.output, run.output
+    assert errors[0].startswith("8 groups in a row were unusable (batch.max_dropped_groups_in_a_row), by reason: 8 err")
+    assert re.search(r"the engine returned \d+ of \d+ logprobs that are not finite$", errors[0]), errors[0]
+
+    first, second, *more = train_records(run.run_dir)
+    assert first["optim/skipped"] == 0 and 0 < first["optim/grad_norm"] < math.inf
+    assert all(record["optim/skipped"] == 1 and math.isnan(record["optim/loss"]) for record in (second, *more))
+    ledger = ledger_of(run.run_dir)
+    assert list(ledger["trained"]) == ["1"], "no weights were made of what is not finite"
+    assert ledger["dropped"].keys() == {"not_finite", "errored"} and len(ledger["dropped"]["errored"]) >= 8

@@ -12,9 +12,7 @@ import pytest
 
 from pipelinerl.checkpoint.store import newest_whole
 from pipelinerl.errors import EXIT_ENVIRONMENT, EXIT_SIGTERM
-from pipelinerl.metrics.log import read_metrics
-from pipelinerl.rollout.ledger import Ledger
-from tests.e2e.harness import TrainCommand
+from tests.e2e.harness import TrainCommand, ledger_of, train_records
 
 BOUND_S = 60  # for whatever a fault costs
 EVERY = 4
@@ -36,18 +34,8 @@ def runs(tmp_path: Path, overrides: list[str]) -> Iterator[list[TrainCommand]]:
         command.close()
 
 
-def ledger_of(run_dir: Path) -> dict[str, dict[str, list[int]]]:
-    """ledger.json, which must balance: every prompt that was drawn is in one state, and trained on at most once."""
-    ledger = json.loads((run_dir / "ledger.json").read_text())
-    Ledger.resumed(ledger)
-    states = [*ledger["trained"].values(), *ledger["dropped"].values()]
-    states += [ledger[name] for name in ("queued", "running", "generated")]
-    assert sorted(ticket for tickets in states for ticket in tickets) == list(range(ledger["drawn"]))
-    return ledger
-
-
 def steps_of(run_dir: Path) -> list[int]:
-    return [record["step"] for record in read_metrics(run_dir / "metrics.jsonl") if record["kind"] == "train"]
+    return [record["step"] for record in train_records(run_dir)]
 
 
 def goes_on(run: TrainCommand) -> None:
@@ -110,7 +98,7 @@ def test_helpers_may_die_sigterm_saves_and_a_full_disk_ends_the_run(
     second = ledger_of(run_dir)
     kept = {step: tickets for step, tickets in second["trained"].items() if int(step) <= len(steps)}
     assert kept == first["trained"], "nothing is trained twice"
-    drawn_before = set(range(int(str(first["drawn"]))))
+    drawn_before = set(range(first["drawn"]))
     settled = [t for tickets in [*second["trained"].values(), *second["dropped"].values()] for t in tickets]
     still_open = [t for name in ("queued", "running", "generated") for t in second[name]]
     assert drawn_before <= set(settled) | set(still_open), "nothing is lost"

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -316,6 +317,16 @@ async def test_a_call_that_takes_too_long_is_a_stall() -> None:
 
     with pytest.raises(Stalled, match=r"engine 0: step took more than 0\.01 s; see .*engine_0\.log"):
         await worker_that(never).call("step", timeout_s=0.01)
+
+
+async def test_an_answer_is_in_time_when_it_was_the_driver_that_stood_still() -> None:
+    async def answer() -> str:
+        await asyncio.sleep(0.01)
+        time.sleep(1.2)  # SIGSTOP and SIGCONT
+        await asyncio.sleep(0.02)  # until Ray's thread has read what is there
+        return "pulse"
+
+    assert await worker_that(answer).call("step", timeout_s=0.1) == "pulse"
 
 
 # How a run ends

@@ -37,6 +37,18 @@ print("ready", flush=True)
 stuck_in_foreign_code()
 """
 
+AT_WORK = """
+import faulthandler
+from pipelinerl.stacks import SIGNAL
+faulthandler.unregister(SIGNAL)  # it ends the process now
+def works():
+    while True: deep(100)
+def deep(n):
+    return deep(n - 1) if n else None
+print("ready", flush=True)
+works()
+"""
+
 Start = Callable[[str, str], "subprocess.Popen[str]"]
 
 
@@ -64,6 +76,8 @@ def test_every_process_is_in_the_report_whatever_it_is_stuck_in(start: Start, tm
     stopped.send_signal(signal.SIGSTOP)
     gone.kill()
     gone.wait()
+    while psutil.Process(stopped.pid).status() != psutil.STATUS_STOPPED:
+        time.sleep(0.01)
     begin = time.monotonic()
     first = write_hang_report(tmp_path, {"why": "a test", "groups_running": 3}, timeout_s=2.0)
     assert time.monotonic() - begin < 10
@@ -81,6 +95,14 @@ def test_every_process_is_in_the_report_whatever_it_is_stuck_in(start: Start, tm
     second = write_hang_report(tmp_path, {}, timeout_s=0.5)
     assert (first.name, second.name) == ("1", "2")
     assert (second / "stacks.txt").read_text().count("stuck_in_python") == 1, "only what was answered this time"
+
+
+def test_a_process_that_runs_is_asked_without_the_signal_that_could_crash_it(start: Start, tmp_path: Path) -> None:
+    process = start("at work", AT_WORK)
+    for number in range(1, 4):
+        report = write_hang_report(tmp_path, {})
+        assert report.name == str(number) and "in works" in (report / "stacks.txt").read_text()
+        assert process.poll() is None
 
 
 def test_a_number_that_another_process_has_now_is_not_signalled(tmp_path: Path) -> None:

@@ -461,11 +461,46 @@ async def test_the_first_publication_has_nothing_to_differ_from(changed: bool | 
     assert (await setup.publish(0, changed=changed))["sync/version"] == 0
 
 
-async def test_a_version_that_no_engine_serves_is_not_what_the_next_one_is_compared_with() -> None:
+@pytest.mark.parametrize(("digests", "changed"), [([1, 3], False), ([1, 3], None), ([2, 3], True)])
+async def test_engines_that_all_died_in_an_update_get_it_again_or_what_came_after_it(
+    digests: list[int], changed: bool | None
+) -> None:
     setup = await published([1, 2])
     setup.trainer.digests = [1, 3]
     for engine in setup.engines:
         engine.receive_fails = [WorkerDied("gone")]
     assert "sync/params_changed" not in await setup.publish(1, changed=True)
     setup.fleet.engines = list(setup.engines)  # started again
-    assert (await setup.publish(2, changed=True))["sync/params_changed"] == 0.5
+    setup.trainer.digests = digests
+    assert (await setup.publish(2, changed=changed))["sync/params_changed"] == (0.5 if changed else 0)
+
+
+async def test_updates_that_no_engine_was_there_for_count_for_the_next_one() -> None:
+    """As when the only engine is being started again, and the trainer takes a step meanwhile."""
+    setup = await published([1, 2])
+    setup.fleet.engines = []
+    for changed in (True, False, None):
+        assert "sync/params_changed" not in await setup.publish(1, changed)
+    setup.fleet.engines = list(setup.engines)
+    setup.trainer.digests = [1, 3]
+    assert (await setup.publish(1, changed=False))["sync/params_changed"] == 0.5
+    with pytest.raises(WeightSyncError, match="yet parameters of the trainer changed"):
+        setup.trainer.digests = [1, 4]
+        await setup.publish(1, changed=False)
+
+
+async def test_an_update_that_no_engine_was_there_for_must_show_in_the_next_one() -> None:
+    setup = await published([1, 2])
+    setup.fleet.engines = []
+    await setup.publish(1, changed=True)
+    setup.fleet.engines = list(setup.engines)
+    with pytest.raises(WeightSyncError, match="yet no parameter of the trainer changed"):
+        await setup.publish(2, changed=False)
+
+
+async def test_an_update_that_is_sent_again_is_not_compared_with_itself() -> None:
+    setup = await published([1, 2])
+    setup.trainer.digests = [1, 3]
+    setup.engines[0].receive_fails = [WeightSyncError("again")]
+    metrics = await setup.publish(1, changed=True)
+    assert metrics["sync/attempts"] == 2 and metrics["sync/params_changed"] == 0.5
