@@ -64,7 +64,7 @@ REFERENCE = ("algo.kl.coef=0.01", "trainer.gradient_checkpointing=true")  # two 
 CASES = {
     "trainer": Case(median=64, prompt=64, slots=128, settings=REFERENCE),
     "balanced": Case(median=64, prompt=64, slots=32),
-    "engine": Case(median=64, prompt=16, slots=16),
+    "engine": Case(median=64, prompt=16, slots=13),
     "lognormal": Case(median=64, prompt=64, slots=64, sigma=0.99, max_lag=4, steps=16),
 }
 
@@ -98,7 +98,7 @@ def overrides(args: argparse.Namespace, case: Case, model: str, run_dir: Path) -
         "engine.max_num_seqs": case.slots,
         "engine.kv_cache_mb": 512,
         "trainer.lr": 1e-6,
-        "trainer.micro_batch_tokens": 4096,
+        "trainer.micro_batch_tokens": 1024,  # activations stay in the cache of a core, which the other does not share
         "async.max_lag": case.max_lag,
         "cluster.pin_cores": "true",
         "eval.at_start": "false",
