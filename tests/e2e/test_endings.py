@@ -63,7 +63,8 @@ def test_sigterm_during_start_up_stops_cleanly(start: Start) -> None:
 
 def test_an_engine_that_dies_again_and_again_is_retired_and_the_last_of_them_ends_the_run(start: Start) -> None:
     """Other processes that die are in test_recovery.py and test_faults.py."""
-    run = start("engine.count=2", "engine.max_restarts=1", "reward.length_penalty=1", "trainer.warmup_steps=0")
+    sizes = ["engine.count=2", "engine.max_restarts=1", "trainer.warmup_steps=0", "metrics.plots=false"]
+    run = start(*sizes, "reward.length_penalty=1")
     run.wait_for_step(2)
     actors = run.processes_named("ray::_AsyncHost")
     run.processes_named("VLLM::EngineCore")[0].kill()
@@ -93,7 +94,8 @@ def test_an_engine_that_dies_again_and_again_is_retired_and_the_last_of_them_end
 def test_weights_without_finite_logprobs_cost_steps_and_completions_and_then_the_run(start: Start) -> None:
     """Step 1 makes weights of 1e30. Step 2 trains on completions of before; then the engine gets them."""
     sizes = ["trainer.lr=1e30", "trainer.warmup_steps=0", "weights.every=2", "batch.max_dropped_groups_in_a_row=8"]
-    run = start(*sizes, "reward.length_penalty=1", "sampling.max_tokens=64", "engine.max_model_len=128")
+    sizes += ["sampling.max_tokens=64", "engine.max_model_len=128", "metrics.plots=false"]
+    run = start(*sizes, "reward.length_penalty=1")
     assert run.exit_code(240) == EXIT_BUDGET_SPENT, run.output
     assert run.leftovers() == []
     errors = re.findall("^pipelinerl: error: (.*)$", run.output, re.MULTILINE)

@@ -150,7 +150,8 @@ def vllm_accuracy(model_dir: Path) -> float:
 
 def run_to_the_end(run_dir: Path, *overrides: str) -> list[dict[str, Any]]:
     """Train with the real command; returns the records of the steps. Nothing may be left running."""
-    run = TrainCommand(run_dir, ["eval.at_start=false", "eval.at_end=false", "metrics.wandb.mode=disabled", *overrides])
+    without = ["eval.at_start=false", "eval.at_end=false", "parity.preflight=off", "metrics.plots=false"]
+    run = TrainCommand(run_dir, [*without, "metrics.wandb.mode=disabled", *overrides])
     try:
         assert run.exit_code(240) == 0, run.output
         assert run.leftovers() == []

@@ -88,6 +88,7 @@ def test_with_lr_0_weight_updates_change_nothing(random_model: Path, tmp_path: P
         "batch.groups_per_step=4",
         "eval.every=10",
         "eval.engine=dedicated",
+        "metrics.plots=false",
     ]
     code, output = finished(tmp_path / "run", "train", options)
     assert code == 0 and "parity holds" in output, output
