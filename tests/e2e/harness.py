@@ -17,6 +17,7 @@ from pipelinerl.metrics.log import read_metrics
 from pipelinerl.rollout.ledger import Ledger
 
 TAG = "PIPELINERL_TEST_TAG"
+START_S = 420.0  # until a run has started on a machine that is busy with others; 30 s when it is not
 
 
 class TrainCommand:
@@ -46,11 +47,11 @@ class TrainCommand:
         self._output.flush()
         return Path(self._output.name).read_text()
 
-    def wait_for_line(self, text: str, timeout_s: float = 240) -> None:
+    def wait_for_line(self, text: str, timeout_s: float = START_S) -> None:
         """Return when the output holds `text`."""
         self.wait_until(lambda: text in self.output, f"{text!r} in the output", timeout_s)
 
-    def wait_for_step(self, step: int, timeout_s: float = 240) -> None:
+    def wait_for_step(self, step: int, timeout_s: float = START_S) -> None:
         """Return when so many optimizer steps have been recorded."""
         metrics = self.run_dir / "metrics.jsonl"
 

@@ -87,7 +87,7 @@ def test_the_eval_command_reproduces_the_last_evaluation_of_the_run(quickstart: 
     run_dir, _ = quickstart
     command = TrainCommand(run_dir.parent / "evaluated", [f"--checkpoint={run_dir}"], command="eval")
     try:
-        assert command.exit_code(240) == 0, command.output
+        assert command.exit_code(480) == 0, command.output
         assert command.leftovers() == []
         assert "\n  avg@1 " in command.output and "Traceback" not in command.output
     finally:
@@ -153,7 +153,7 @@ def run_to_the_end(run_dir: Path, *overrides: str) -> list[dict[str, Any]]:
     without = ["eval.at_start=false", "eval.at_end=false", "parity.preflight=off", "metrics.plots=false"]
     run = TrainCommand(run_dir, [*without, "metrics.wandb.mode=disabled", *overrides])
     try:
-        assert run.exit_code(240) == 0, run.output
+        assert run.exit_code(480) == 0, run.output
         assert run.leftovers() == []
     finally:
         run.close()

@@ -20,7 +20,7 @@ def finished(run_dir: Path, command: str, overrides: Sequence[str]) -> tuple[int
     """Exit code and output of a command that ends by itself and leaves nothing running."""
     run = TrainCommand(run_dir, ["metrics.wandb.mode=disabled", *overrides], command)
     try:
-        code = run.exit_code(300)
+        code = run.exit_code(480)
         assert run.leftovers() == []
         return code, run.output
     finally:

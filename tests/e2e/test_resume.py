@@ -40,7 +40,7 @@ COMPARED = ("optim/loss", "optim/grad_norm", "optim/lr", "reward/mean", "mismatc
 def finish(run: TrainCommand) -> str:
     """Let it come to its end; returns what it said."""
     try:
-        assert run.exit_code(240) == EXIT_DONE, run.output
+        assert run.exit_code(480) == EXIT_DONE, run.output
         return run.output
     finally:
         run.close()
