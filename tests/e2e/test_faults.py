@@ -59,7 +59,6 @@ def ask_what_it_does(run: TrainCommand) -> None:
     assert "grader_child" in (report / "processes.txt").read_text()
 
 
-@pytest.mark.timeout(600)
 def test_helpers_may_die_sigterm_saves_and_a_full_disk_ends_the_run(
     runs: list[TrainCommand], overrides: list[str]
 ) -> None:

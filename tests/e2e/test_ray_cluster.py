@@ -113,7 +113,6 @@ def is_whole_again(run: TrainCommand) -> float:
     return round(time.monotonic() - begin, 1)
 
 
-@pytest.mark.timeout(600)
 def test_ranks_are_packed_engines_spread_one_moves_when_its_node_is_lost_and_none_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, random_model: Path, nodes: Nodes
 ) -> None:

@@ -100,7 +100,6 @@ def fill_the_disk_of_the_driver(run: TrainCommand) -> None:
     resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (size + 100, hard))
 
 
-@pytest.mark.timeout(600)
 def test_a_run_outlives_the_death_of_all_its_workers_and_their_hanging_and_its_own(run: TrainCommand) -> None:
     run.wait_for_step(6)
     first, second = run.processes_named("EngineCore")

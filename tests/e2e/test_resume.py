@@ -18,7 +18,6 @@ from pipelinerl.rollout.ledger import Ledger
 from tests.e2e.harness import TrainCommand
 from tests.e2e.test_main_job import ROOT
 
-pytestmark = pytest.mark.timeout(600)  # two starts on a busy machine
 STEPS = 10
 GONE_S = 20
 SMALL = [
