@@ -297,6 +297,8 @@ def _worker_env(device: str, config: RunConfig, is_trainer: bool) -> dict[str, s
             env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the worker runs inside the engine core's process
         else:
             env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else every worker wants a NUMA node of its own
-    elif engine.v2_model_runner is not None:
+        return env
+    env["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # for top-k and top-p, which are not used here, and has no logprobs
+    if engine.v2_model_runner is not None:
         env["VLLM_USE_V2_MODEL_RUNNER"] = str(int(engine.v2_model_runner))
     return env

@@ -6,10 +6,11 @@ anything else as WorkerFailed; a process that is gone arrives as WorkerDied, a c
 """
 
 import os
+import pickle
 import socket
 import sys
-from collections.abc import Generator, Mapping
-from contextlib import suppress
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -29,6 +30,7 @@ from pipelinerl.stacks import FOLDER as STACKS
 from pipelinerl.stacks import answer_stack_requests
 
 MAX_CONCURRENT_CALLS = 100_000
+SAID = 500  # characters of an error that cannot travel
 GROUP_LOST = "a finished group is lost with the node that held it"
 
 
@@ -54,7 +56,8 @@ class _Host:
         self._worker = getattr(import_module(module), name)(*args)
 
     def call(self, method: str, *args: Any) -> Any:
-        return getattr(self._worker, method)(*args)
+        with _as_it_can_travel():
+            return getattr(self._worker, method)(*args)
 
     def endpoint(self) -> tuple[str, int]:
         """This node's address, and a port that is free on it now."""
@@ -91,7 +94,8 @@ class _AsyncHost(_Host):
     """The same with an event loop, in which many calls run at a time."""
 
     async def call(self, method: str, *args: Any) -> Any:
-        return await getattr(self._worker, method)(*args)
+        with _as_it_can_travel():
+            return await getattr(self._worker, method)(*args)
 
 
 class Payload:
@@ -200,6 +204,20 @@ class RemoteWorker:
             raise WorkerDied(f"{self.name}: its process died during {method}; see {self._log_path}") from error
         except TimeoutError:
             raise Stalled(f"{self.name}: {method} took more than {timeout_s:g} s; see {self._log_path}") from None
+
+
+@contextmanager
+def _as_it_can_travel() -> Iterator[None]:
+    """An exception that cannot be pickled, as pydantic's, would arrive as Ray's words about that: send what it says."""
+    try:
+        yield
+    except Exception as error:
+        try:
+            pickle.dumps(error)
+        except Exception:
+            said = " ".join(str(error).split())
+            raise RuntimeError(f"{type(error).__name__}: {said[:SAID]}") from error
+        raise
 
 
 def _talk_over_the_nodes_interface() -> None:

@@ -63,7 +63,7 @@ def footprint(config: RunConfig) -> Footprint | None:
     adapters = _adapters(shapes, config.trainer.lora)
     trained = adapters or parameters
     weights, gradients, optimizer = _trainer_bytes(config.model.dtype, config.trainer)
-    shape = _shape(_json(directory / "config.json"))
+    shape = _shape(read_json(directory / "config.json"))
     width = BYTES[config.model.dtype]
     return Footprint(
         parameters=parameters,
@@ -151,7 +151,7 @@ def _shapes(file: Path) -> dict[str, list[int]]:
         raise EnvironmentProblem(f"{file}: not a readable safetensors file ({error})") from error
 
 
-def _json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

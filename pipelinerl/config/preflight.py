@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from pipelinerl.config.device import resolve_device
+from pipelinerl.config.footprint import read_json
 from pipelinerl.config.schema import JsonlTask, RunConfig
 from pipelinerl.errors import DataError, EnvironmentProblem
 
@@ -13,9 +14,10 @@ TINY_MODELS = {"sort": "tiny", "sort_scratchpad": "tiny_scratchpad", "sort_wide"
 def preflight(config: RunConfig) -> None:
     """Check model and data, and what depends on the device. Whether there is room is checked by cluster/fit.py.
 
-    Raises: EnvironmentProblem for a missing model directory, DataError for a missing data file.
+    Raises: EnvironmentProblem for a model that is not there or too short, DataError for a missing data file.
     """
     _model_is_there(config)
+    _model_is_long_enough(config)
     _data_is_there(config)
     if config.engine.kv_cache_mb is None and config.cluster.address == "local" and resolve_device(config) == "cpu":
         raise EnvironmentProblem("engine.kv_cache_mb=null on CPU: the size must be given; use engine=cpu")
@@ -53,6 +55,21 @@ def _model_is_there(config: RunConfig) -> None:
         raise EnvironmentProblem(f"model.path={path}: no such directory (from {Path.cwd()}); {hint}")
     if not (directory / "config.json").is_file():
         raise EnvironmentProblem(f"model.path={path}: no model directory, it has no config.json")
+
+
+def _model_is_long_enough(config: RunConfig) -> None:
+    """Where its positions are neither scaled nor unlimited, and vLLM would refuse after a minute."""
+    file = Path(config.model.path) / "config.json"
+    if not file.is_file():
+        return
+    model = read_json(file)
+    rope = model.get("rope_parameters") or model.get("rope_scaling") or {}
+    longest = model.get("max_position_embeddings")
+    if longest and rope.get("rope_type", "default") == "default" and config.engine.max_model_len > longest:
+        raise EnvironmentProblem(
+            f"engine.max_model_len={config.engine.max_model_len}: the model has {longest} positions "
+            f"(max_position_embeddings in {file}); set engine.max_model_len={longest} or less"
+        )
 
 
 def _is_local(path: str) -> bool:

@@ -232,6 +232,7 @@ class PausedUpdate(_Update):
 
     async def connect(self, init_info: dict[str, Any]) -> None:
         async with self._errors_of(TRANSPORT):
+            await self._llm.collective_rpc("weights_warn_of_losses_only")
             await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info))
 
     async def disconnect(self) -> None:

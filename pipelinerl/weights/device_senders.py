@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipelinerl.errors import WeightSyncError, first_line
+from pipelinerl.errors import EnvironmentProblem, WeightSyncError, first_line
 from pipelinerl.weights.digest import device_digest
 from pipelinerl.weights.source import Bucket, WeightSource, run_through
 
@@ -51,11 +51,20 @@ class NcclSender:
         assert self._address is not None, "listen comes first"
         host, port = self._address
         try:
-            self._communicator = trainer_init({"master_address": host, "master_port": port, "world_size": world_size})
+            # In a stream context, or vLLM makes a stream of its own the one on which the training goes on.
+            with torch.cuda.stream(torch.cuda.current_stream()):
+                self._communicator = trainer_init(
+                    {"master_address": host, "master_port": port, "world_size": world_size}
+                )
         except RuntimeError as error:
             raise WeightSyncError(
                 f"trainer rank 0: not all of {world_size - 1} engine workers joined NCCL: {first_line(error)}"
             ) from error
+        if self._communicator.disabled:  # vLLM goes on without one, and its broadcasts do nothing
+            raise EnvironmentProblem(
+                "weights.backend=nccl: vLLM cannot use the NCCL library of trainer rank 0 (its log has more): it is "
+                "missing, or older than vLLM needs; install the requirements of this project, or set VLLM_NCCL_SO_PATH"
+            )
 
     def send(self, transmission: int, with_digests: bool = True) -> list[int]:
         from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer

@@ -92,8 +92,7 @@ class Groups:
             await asyncio.wait(leaving, timeout=LEAVE_S)
             for task in leaving:
                 task.cancel()
-                if task.done() and not task.cancelled():
-                    task.exception()  # it will show in what the engine does next
+                task.add_done_callback(_taken)
 
     async def _build(self, engines: Sequence[ReceivingEngine]) -> Group:
         rendezvous = await self._trainer.listen(self._backend)
@@ -135,3 +134,9 @@ class Groups:
 
     def _each(self, engines: Sequence[ReceivingEngine], calls: Sequence[Coroutine[Any, Any, Any]]) -> Calls[Any]:
         return Calls(engines, calls, self._conduct)
+
+
+def _taken(task: asyncio.Future[None]) -> None:
+    """Take notice of how it ended, or asyncio prints it. An engine's trouble shows in what it does next."""
+    if not task.cancelled():
+        task.exception()

@@ -17,6 +17,8 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from pipelinerl.weights.manifest import Parameter, offsets
 from pipelinerl.weights.twin import Twin
 
+RELOAD = logging.getLogger("vllm.model_executor.model_loader.reload.layerwise")
+
 Buckets = Iterable[tuple[Sequence[Parameter], Tensor]]
 Watch = Callable[[Any], None]  # is told the module whose `load_weights` all weights are about to pass
 
@@ -88,6 +90,13 @@ class PausedUpdates:
     get_model: Callable[[], nn.Module]
     _weight_update_active: bool
 
+    def weights_warn_of_losses_only(self) -> None:
+        """Leave out, for good, what vLLM warns of at every update though nothing is lost."""
+        tied = bool(getattr(self.vllm_config.model_config.hf_text_config, "tie_word_embeddings", False))
+        for kept in [f for f in RELOAD.filters if isinstance(f, _Losses)]:
+            RELOAD.removeFilter(kept)
+        RELOAD.addFilter(_Losses(tied))
+
     def weights_close_session(self) -> None:
         """End an update that broke off, so that the next one can start. The model then holds a mixture of weights."""
         if self._weight_update_active:
@@ -109,21 +118,26 @@ def repack_tied_head(model: Any) -> None:
         method.process_weights_after_loading(head)
 
 
-@contextmanager
-def _without_expected_warnings(tied: bool) -> Iterator[None]:
+class _Losses(logging.Filter):
     """vLLM warns at every update of layers that received nothing. A rotary table never does, a tied head never does
     under its own name; any other layer it names is a real loss and stays visible."""
-    expected = ["RotaryEmbedding"] + ["ParallelLMHead"] * tied
 
-    def keep(record: logging.LogRecord) -> bool:
-        return record.getMessage() not in [f"{name}: Failed to load weights" for name in expected]
+    def __init__(self, tied: bool):
+        super().__init__()
+        self._expected = {f"{name}: Failed to load weights" for name in ["RotaryEmbedding"] + ["ParallelLMHead"] * tied}
 
-    logger = logging.getLogger("vllm.model_executor.model_loader.reload.layerwise")
-    logger.addFilter(keep)
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.getMessage() not in self._expected
+
+
+@contextmanager
+def _without_expected_warnings(tied: bool) -> Iterator[None]:
+    losses = _Losses(tied)
+    RELOAD.addFilter(losses)
     try:
         yield
     finally:
-        logger.removeFilter(keep)
+        RELOAD.removeFilter(losses)
 
 
 def _views(bucket: Sequence[Parameter], buffer: Tensor) -> list[tuple[str, Tensor]]:

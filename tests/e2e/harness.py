@@ -98,13 +98,13 @@ class TrainCommand:
 
     def processes_named(self, part: str) -> list[psutil.Process]:
         """Those whose title or command line contains `part`, oldest first."""
-        found = [process for process in self.processes() if part in _title(process)]
+        found = [process for process in self.processes() if part in title(process)]
         return sorted(found, key=psutil.Process.create_time)
 
     def process_named(self, part: str) -> psutil.Process:
         """The one process whose title or command line contains `part`."""
         found = self.processes_named(part)
-        assert len(found) == 1, [_title(process) for process in self.processes()]
+        assert len(found) == 1, [title(process) for process in self.processes()]
         return found[0]
 
     def leftovers(self, grace_s: float = 10) -> list[str]:
@@ -112,7 +112,7 @@ class TrainCommand:
         deadline = time.monotonic() + grace_s
         while (left := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.2)
-        return [_title(process) for process in left]
+        return [title(process) for process in left]
 
     def close(self) -> None:
         """Kill whatever is left, so that one failed test does not disturb the next."""
@@ -162,7 +162,8 @@ def _alive(process: psutil.Process) -> bool:
         return False
 
 
-def _title(process: psutil.Process) -> str:
+def title(process: psutil.Process) -> str:
+    """Name and command line, or the title that a process gave itself; empty when it is gone."""
     try:
         return " ".join([process.name(), *process.cmdline()])
     except (psutil.NoSuchProcess, psutil.ZombieProcess):

@@ -139,11 +139,14 @@ def trainer_logprobs(
     policy: PolicyModel, prompt: Sequence[int], completion: Sequence[int], temperature: float = 1.0
 ) -> Tensor:
     """The trainer's logprobs [len(completion)] of a completion."""
-    ids = torch.tensor([*prompt, *completion])
-    positions = torch.arange(len(prompt) - 1, len(ids) - 1)
+    device = next(policy.parameters()).device
+    ids = torch.tensor([*prompt, *completion], device=device)
+    positions = torch.arange(len(prompt) - 1, len(ids) - 1, device=device)
     policy.temperature = temperature
     with torch.no_grad():
-        logprobs: Tensor = policy(ids, torch.arange(len(ids)), [(1, len(ids))], positions, ids[positions + 1])[0]
+        logprobs: Tensor = policy(
+            ids, torch.arange(len(ids), device=device), [(1, len(ids))], positions, ids[positions + 1]
+        )[0].cpu()
     return logprobs
 
 
@@ -161,8 +164,8 @@ def differences(
 
 def disturb(policy: PolicyModel, scale: float, seed: int) -> None:
     """Change every parameter by noise, as an optimizer step would; logprobs move by far more than any tolerance."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(next(policy.parameters()).device).manual_seed(seed)
     with torch.no_grad():
         for parameter in policy.parameters():
-            noise = torch.randn(parameter.shape, generator=generator) * scale
+            noise = torch.randn(parameter.shape, generator=generator, device=parameter.device) * scale
             parameter.add_(noise.to(parameter))

@@ -1,4 +1,4 @@
-"""What every transport of weights must do with a real engine, on those that this machine has.
+"""What every transport of weights over host memory must do with a real engine. Those of GPUs: tests/gpu.
 
 Both ends without an engine, and members that die: tests/unit/test_host_transport.py. Two workers of one engine:
 test_tensor_parallel.py.
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import pytest_asyncio
-import torch
 
 from pipelinerl.errors import WeightSyncError
 
@@ -27,7 +26,6 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 BUCKET_BYTES = 50_000
 PROMPTS = [[1, 2, 3 + index] for index in range(8)]
 GREEDY = [[1, 2, 3 + index] for index in range(32)]
-GPUS = {"nccl": 2, "ipc": 1}  # that each needs, and a CPU has none of
 
 # Sends the weights in a file, and is gone after the second bucket.
 MORTAL = """
@@ -190,23 +188,3 @@ async def test_an_engine_that_was_told_to_leave_says_so(served: "Served") -> Non
     await served.link.connect()
     await served.link.send()
     await serves(served)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", GPUS)
-async def test_a_transport_of_gpus(backend: str, tied_model: Path) -> None:
-    """Update after update arrives bit by bit, also in the next epoch."""
-    from tests.integration.models import run_config
-    from tests.integration.serving import disturb, serve
-
-    if torch.cuda.device_count() < GPUS[backend]:
-        pytest.skip(f"weights.backend={backend} needs {GPUS[backend]} GPU(s)")
-    config = run_config(tied_model, "bfloat16", cluster={"device": "cuda"}, engine={"gpu_memory_utilization": 0.3})
-    async with serve(config, BUCKET_BYTES, backend=backend) as on_gpu:
-        for seed in range(4):
-            if seed == 2:
-                await on_gpu.engine.disconnect()
-                await on_gpu.link.connect()
-            disturb(on_gpu.policy, 0.02, seed)
-            assert (await on_gpu.link.send())["params_read_back"] == 1
-            await serves(on_gpu)

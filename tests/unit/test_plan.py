@@ -1,5 +1,6 @@
 """What `pipelinerl plan` says: quantities worked out by hand, parity, devices; and the checks before a run."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -195,6 +196,20 @@ def test_preflight_tells_how_to_get_the_tiny_model(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(EnvironmentProblem, match=r"model\.path=models/tiny.*run: pipelinerl make-tiny"):
         preflight(config_of())
+
+
+def test_an_engine_longer_than_its_model_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "m")
+    config = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": 300}
+
+    def check(length: int, **more: object) -> None:
+        (model / "config.json").write_text(json.dumps(config | more))
+        preflight(config_of(f"model.path={model}", f"engine.max_model_len={length}"))
+
+    check(300)
+    check(301, rope_parameters={"rope_type": "yarn", "factor": 4.0})
+    with pytest.raises(EnvironmentProblem, match=r"engine\.max_model_len=301: the model has 300 positions"):
+        check(301, rope_parameters={"rope_type": "default"})
 
 
 def test_preflight_leaves_hub_ids_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
