@@ -2,12 +2,12 @@
 
 A process that called `answer_stack_requests` appends the stacks of all its threads to a file of its own
 
-    when it is asked at its socket    by a thread, with the interpreter's lock: no frame moves meanwhile
+    when it is asked at its mailbox   by a thread, with the interpreter's lock: no frame moves meanwhile
     when it gets SIGNAL               by faulthandler's handler in C, which needs no lock: a process that is stuck in
                                       foreign code which holds it answers too
 
 One that is stopped or gone does not. The handler may crash a process that runs, so SIGNAL is for those that did not
-answer at their socket.
+answer there.
 """
 
 import faulthandler
@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import TextIO
 
 import psutil
+
+from pipelinerl.mailbox import Mailbox
 
 SIGNAL = signal.SIGUSR2
 FOLDER = "stacks"  # of the files, among the logs of a run
@@ -35,10 +37,9 @@ def answer_stack_requests(folder: Path, name: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     host, pid = socket.gethostname(), os.getpid()
     _file = (folder / f"{host}-{pid}.txt").open("w")
-    asked = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    asked.bind("")  # to a name of the kernel's choice that is in no file system
+    asked = Mailbox()
     who = {"name": name, "host": host, "pid": pid, "created": psutil.Process().create_time()}  # a pid is used again
-    who["socket"] = bytes(asked.getsockname()).hex()
+    who["mailbox"] = asked.address
     _file.write(json.dumps(who) + "\n")
     _file.flush()
     os.environ[FOLDER_VARIABLE] = str(folder)
@@ -47,9 +48,9 @@ def answer_stack_requests(folder: Path, name: str) -> None:
     threading.Thread(target=_answer, args=(asked, _file), name="stacks", daemon=True).start()
 
 
-def _answer(asked: socket.socket, file: TextIO) -> None:
+def _answer(asked: Mailbox, file: TextIO) -> None:
     while True:
-        asked.recv(1)
+        asked.take()
         faulthandler.dump_traceback(file, all_threads=True)
 
 

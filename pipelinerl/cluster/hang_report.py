@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 
+from pipelinerl.mailbox import post
 from pipelinerl.stacks import FOLDER, SIGNAL
 
 POLL_S = 0.05
@@ -99,8 +100,8 @@ def _ask(path: Path) -> _Asked:
             asked.state = "gone"  # another one may have the number now: SIGNAL would end it
         else:
             asked.process = process
-            with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as asking:
-                asking.sendto(b"?", bytes.fromhex(who["socket"]))
+            with suppress(OSError):
+                post(who["mailbox"], b"?")
     except psutil.NoSuchProcess:
         asked.state = "gone"
     return asked

@@ -3,7 +3,8 @@
 Importing it registers our transports too, before the worker makes its transfer engine.
 """
 
-import pipelinerl.weights.ipc  # noqa: F401  registers the transport, as weights.gloo does
+import pipelinerl.weights.ipc
+import pipelinerl.weights.nccl  # noqa: F401  registers the transport, as weights.ipc and weights.gloo do
 from pipelinerl.engine.hidden_states import HiddenStatesWorker
 from pipelinerl.engine.kv_policy import KVPolicyWorker
 from pipelinerl.engine.seeded import SeededWorker

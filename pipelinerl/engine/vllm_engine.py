@@ -29,7 +29,9 @@ from pipelinerl.engine.weight_update import PausedUpdate, StagedUpdate, Update
 from pipelinerl.errors import ParityError, WorkerDied
 from pipelinerl.types import Completion, FloatArray, VersionSpan
 from pipelinerl.weights.ipc import NAME as IPC
+from pipelinerl.weights.nccl import NAME as NCCL
 
+RECEIVERS = {"ipc": IPC, "nccl": NCCL}  # vLLM's name of ours
 WORKER_EXTENSION = "pipelinerl.engine.extension.WorkerExtension"
 
 
@@ -60,7 +62,7 @@ def engine_args(config: RunConfig, backend: str, seed: int) -> AsyncEngineArgs:
         enable_chunked_prefill=engine.chunked_prefill,
         scheduling_policy="fcfs",
         generation_config=engine.generation_config,
-        weight_transfer_config={"backend": IPC if backend == "ipc" else backend},
+        weight_transfer_config={"backend": RECEIVERS.get(backend, backend)},
         worker_extension_cls=WORKER_EXTENSION,
         disable_log_stats=True,
     )

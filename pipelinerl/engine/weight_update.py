@@ -12,10 +12,9 @@ update has reached it. Sequences wait, none is aborted (engine.update_pause=keep
 
 import asyncio
 import json
-import socket
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Protocol
 
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
@@ -24,6 +23,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from pipelinerl.config.schema import EngineConfig
 from pipelinerl.errors import VerificationFailed, WeightSyncError, WorkerDied, first_line
+from pipelinerl.mailbox import Mailbox, post
 
 NAMED = 3  # parameters that a failed update names; the others are counted
 SILENCE_S = 0.5  # without news of the workers, after which they are asked; they answer between two steps only
@@ -131,17 +131,15 @@ class StagedUpdate(_Update):
     """See pipelinerl/weights/gloo.py, whose methods it calls in the workers."""
 
     _numbers = 0  # of orders to the workers
-    _reports: socket.socket | None = None
-    _doors: Sequence[str] = ()  # of the workers
+    _reports: Mailbox | None = None
+    _doors: Sequence[str] = ()  # addresses of those of the workers
 
     async def connect(self, init_info: dict[str, Any]) -> None:
         """`init_info` has the `places` of the workers, the manifest of updates, and where the trainer listens."""
         info = {key: value for key, value in init_info.items() if key != "places"}
         self._numbers += 1
-        if self._reports is None:
-            self._reports = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-            self._reports.bind("")  # to a name of the kernel's choice that is in no file system
-        how = self._config.enforce_eager, self._canary, bytes(self._reports.getsockname()).hex(), self._numbers
+        self._reports = self._reports or Mailbox()
+        how = self._config.enforce_eager, self._canary, self._reports.address, self._numbers
         async with self._errors_of(TRANSPORT):
             self._doors = await self._rpc("weights_join", info, init_info["places"], *how)
             await self._all_done(TRANSPORT)
@@ -158,7 +156,7 @@ class StagedUpdate(_Update):
             try:
                 assert self._reports is not None, "connect comes first"
                 for door in self._doors:  # not by a call of the engine: that would wait for the end of a step
-                    self._reports.sendto(json.dumps(order).encode(), bytes.fromhex(door))
+                    post(door, json.dumps(order).encode())
             except OSError:
                 await self._rpc("weights_state")  # raises when the engine is gone
                 raise
@@ -214,7 +212,7 @@ class StagedUpdate(_Update):
         assert self._reports is not None
         try:
             async with asyncio.timeout(SILENCE_S):
-                report = json.loads(await asyncio.get_running_loop().sock_recv(self._reports, 2**16))
+                report = json.loads(await self._reports.taken())
         except TimeoutError:  # the engine may be gone, or may have been told to leave
             states = enumerate(await self._rpc("weights_state"))
             return [(r, state) for r, state in states if state["done"] and state["number"] in (self._numbers, None)]
@@ -229,14 +227,19 @@ class PausedUpdate(_Update):
     """vLLM's own lifecycle of an update, for its transfer engines."""
 
     _loaded: tuple[int, Times] | None = None
+    _leave_at: Sequence[str] = ()  # mailboxes of workers that may wait for the transport and hear nothing else
 
     async def connect(self, init_info: dict[str, Any]) -> None:
         async with self._errors_of(TRANSPORT):
             await self._llm.collective_rpc("weights_warn_of_losses_only")
             await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info))
+            self._leave_at = [address for address in await self._llm.collective_rpc("weights_leave_at") if address]
 
     async def disconnect(self) -> None:
         """An update that broke off may have left the session open, in which vLLM would refuse to leave."""
+        for address in self._leave_at:
+            with suppress(OSError):  # it is gone
+                post(address, b"")
         async with self._errors_of(TRANSPORT):
             await self._llm.collective_rpc("weights_close_session")
             await self._llm.shutdown_weight_transfer_engine()

@@ -1,7 +1,7 @@
 """The senders of machines with GPUs: NCCL between GPUs, CUDA IPC where trainer and engine share one.
 
-Neither has been run here: they follow vLLM 0.32's `distributed/weight_transfer`. Both send the trainer's own tensors,
-so the trainer may change them only when all engines have them: `send` returns then, and there is no `resend`.
+They follow vLLM 0.32's `distributed/weight_transfer`. Both send the trainer's own tensors, so the trainer may change
+them only when all engines have them: `send` returns then, and there is no `resend`.
 """
 
 import base64
@@ -43,6 +43,7 @@ class NcclSender:
             "packed": True,
             "packed_buffer_size_bytes": self._source.manifest.bucket_bytes,
             "packed_num_buffers": BUFFERS,
+            "timeout_s": self._timeout_s,
         }
 
     def connect(self, world_size: int) -> None:
@@ -75,6 +76,8 @@ class NcclSender:
 
         def take(item: tuple[str, Tensor]) -> Tensor:
             nonlocal last
+            if self._communicator is None:
+                raise RuntimeError("the communicator was aborted")
             last = item[0]
             if with_digests:
                 digests.append(device_digest(item[1]))
@@ -96,9 +99,10 @@ class NcclSender:
                 )
             torch.cuda.synchronize()
         except RuntimeError as error:
-            raise WeightSyncError(
-                f"trainer rank 0: the NCCL broadcast broke off near parameter {last}: {first_line(error)}"
-            ) from error
+            if self._communicator is not None:
+                raise WeightSyncError(
+                    f"trainer rank 0: the NCCL broadcast broke off near parameter {last}: {first_line(error)}"
+                ) from error
         finally:
             late.cancel()
         if self._communicator is None:

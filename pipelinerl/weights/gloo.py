@@ -6,8 +6,8 @@
     canary_arrived    what is wrong with what was received; nothing has been loaded by then
     weights_exchange  while generation is paused: the model takes the update, and canary_check reads it back
 
-vLLM calls a method of a worker between two steps only. So the order to receive comes through a socket instead, the door
-of the worker, and the threads report their end through another.
+vLLM calls a method of a worker between two steps only. So the order to receive comes to a mailbox instead, the door of
+the worker, and the threads report their end to another.
 
 An update that fails before `exchange` leaves the model as it was. Importing this module registers the engine in vLLM's
 factory (engine/extension.py does so, before the worker makes its transfer engine). vLLM's own update methods are of no
@@ -16,7 +16,6 @@ use with it: they receive in the thread that steps.
 
 import json
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +32,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from pipelinerl.errors import WeightSyncError, first_line
+from pipelinerl.mailbox import Mailbox, post
 from pipelinerl.weights.canary import Canary
 from pipelinerl.weights.gloo_group import let_go
 from pipelinerl.weights.loading import LayerwiseLoading, Loading, TwinLoading
@@ -115,35 +115,34 @@ class Door:
     """Through which a worker is told to receive, also in the middle of a step; open for one epoch."""
 
     def __init__(self, receive: Callable[["Door", dict[str, int]], None]):
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind("")  # to a name of the kernel's choice that is in no file system
-        self.address = bytes(self._socket.getsockname()).hex()
+        self._mailbox = Mailbox()
+        self.address = self._mailbox.address
         threading.Thread(target=self._listen, args=(receive,), name="weights-door", daemon=True).start()
 
     def _listen(self, receive: Callable[["Door", dict[str, int]], None]) -> None:
-        with self._socket:
-            while order := self._socket.recv(2**16):
-                receive(self, json.loads(order))
+        while order := self._mailbox.take():
+            receive(self, json.loads(order))
+        self._mailbox.close()
 
     def close(self) -> None:
         """Orders that come later are refused."""
-        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            sender.sendto(b"", bytes.fromhex(self.address))
+        with suppress(OSError):
+            post(self.address, b"")
 
 
 @dataclass
 class Report:
     """Where the process that holds the engine waits for the end of a task; `number` says which task."""
 
-    address: str  # of a Unix socket, as hex
+    address: str  # of its mailbox
     number: int
     rank: int
     times: dict[str, float] = field(default_factory=dict)
 
     def send(self, error: str | None) -> None:
         content = {"number": self.number, "rank": self.rank, "error": error, "times": self.times}
-        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:  # it may be gone
-            sender.sendto(json.dumps(content).encode(), bytes.fromhex(self.address))
+        with suppress(OSError):  # it may be gone
+            post(self.address, json.dumps(content).encode())
 
 
 class StagedUpdates:

@@ -2,7 +2,7 @@
 
 The receiving end, in every vLLM worker: vLLM's IPC engine, to which the chunks come through a key-value store of the
 trainer and not through vLLM's own calls. So both ends work at the same time, as with the other transports, and no
-handle is pickled: VLLM_ALLOW_INSECURE_SERIALIZATION stays off. Written against vLLM 0.32; it has not been run here.
+handle is pickled: VLLM_ALLOW_INSECURE_SERIALIZATION stays off.
 """
 
 import json

@@ -88,6 +88,7 @@ class PausedUpdates:
 
     vllm_config: Any
     get_model: Callable[[], nn.Module]
+    weight_transfer_engine: Any
     _weight_update_active: bool
 
     def weights_warn_of_losses_only(self) -> None:
@@ -96,6 +97,10 @@ class PausedUpdates:
         for kept in [f for f in RELOAD.filters if isinstance(f, _Losses)]:
             RELOAD.removeFilter(kept)
         RELOAD.addFilter(_Losses(tied))
+
+    def weights_leave_at(self) -> str:
+        """The mailbox at which the transport is told to leave, when the worker waits for it; "" where there is none."""
+        return str(getattr(self.weight_transfer_engine, "leave_at", ""))
 
     def weights_close_session(self) -> None:
         """End an update that broke off, so that the next one can start. The model then holds a mixture of weights."""

@@ -145,7 +145,8 @@ async def test_an_update_of_half_a_billion_parameters_pauses_64_sequences_for_a_
 
     model = write_half_a_billion(tmp_path / "half")
     engine = {"gpu_memory_utilization": 0.2, "kv_cache_mb": 4096, "max_model_len": 2048, "max_num_seqs": 64}
-    config = run_config(model, "bfloat16", cluster={"device": "cuda"}, engine=engine)
+    trainer = {"micro_batch_tokens": 2048}
+    config = run_config(model, "bfloat16", cluster={"device": "cuda"}, engine=engine, trainer=trainer)
     pauses = []
     async with serve(config, 256 * 2**20, backend="ipc") as served:
         running = [

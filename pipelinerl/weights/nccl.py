@@ -1,0 +1,115 @@
+"""NCCL between GPUs: the receiving end, in every vLLM worker.
+
+It is vLLM's, whose wait for a broadcast has no end: when one member of the group dies, NCCL keeps the others, and with
+them the threads in which they sample. Here the wait ends after weights.timeout_s, or when the worker is told to leave:
+a thread listens at a mailbox, as vLLM itself takes no call meanwhile, and aborts the communicator.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferUpdateInfo
+
+from pipelinerl.errors import WeightSyncError, first_line
+from pipelinerl.mailbox import Mailbox, post
+
+NAME = "patient_nccl"  # vLLM has an "nccl" of its own
+
+
+@dataclass(kw_only=True)
+class NcclInitInfo(NCCLWeightTransferInitInfo):
+    """vLLM's, and how long a broadcast may take."""
+
+    timeout_s: float
+
+
+class NcclEngine(NCCLWeightTransferEngine):
+    """One group at a time; `leave_at` is the address of the mailbox at which it is told to give it up."""
+
+    init_info_cls = NcclInitInfo
+
+    leave_at = ""
+    _timeout_s = 0.0
+    _given_up: threading.Event | None = None
+    model_update_group: Any
+
+    def init_transfer_engine(self, init_info: NcclInitInfo) -> None:
+        super().init_transfer_engine(init_info)
+        self._timeout_s, self._given_up = init_info.timeout_s, threading.Event()
+        mailbox = Mailbox()
+        self.leave_at = mailbox.address
+        threading.Thread(
+            target=_leave_when_told, args=(mailbox, self.model_update_group, self._given_up), name="nccl", daemon=True
+        ).start()
+
+    def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
+        """Raises WeightSyncError when not all has come in time."""
+        given_up, group = self._given_up, self.model_update_group
+        assert given_up is not None and group is not None, "init_transfer_engine comes first"
+        names = _Expected(update_info.names, given_up)
+        late = threading.Timer(self._timeout_s, _give_up, (group, given_up))
+        late.start()
+        why = ""
+        try:
+            super().receive_weights(replace(update_info, names=names))
+        except _GivenUp:
+            pass
+        except RuntimeError as error:
+            why = first_line(error)
+        finally:
+            late.cancel()
+        if given_up.is_set():
+            why = f"it did not come within weights.timeout_s={self._timeout_s:g} s, or the worker was told to leave"
+        if why:
+            raise WeightSyncError(
+                f"worker {self.parallel_config.rank}: the NCCL broadcast broke off near parameter "
+                f"{names.last or names[0]}: {why}"
+            )
+
+    def shutdown(self) -> None:
+        if self._given_up is not None:
+            self._given_up.set()
+            with suppress(OSError):  # it has been told already
+                post(self.leave_at, b"")
+        super().shutdown()
+
+
+class _GivenUp(Exception):
+    """The group is no more: a call of an aborted communicator is undefined."""
+
+
+class _Expected(list[str]):
+    """Names that remember which of them was asked for last, and of which there are no more in a group given up."""
+
+    def __init__(self, names: list[str], given_up: threading.Event):
+        super().__init__(names)
+        self._given_up = given_up
+        self.last = ""
+
+    def __iter__(self) -> Iterator[str]:
+        for name in super().__iter__():
+            if self._given_up.is_set():
+                raise _GivenUp
+            self.last = name
+            yield name
+
+
+def _give_up(group: Any, given_up: threading.Event) -> None:
+    given_up.set()
+    group.destroy()
+
+
+def _leave_when_told(mailbox: Mailbox, group: Any, given_up: threading.Event) -> None:
+    mailbox.take()
+    mailbox.close()
+    if not given_up.is_set():
+        _give_up(group, given_up)
+
+
+if NAME not in WeightTransferEngineFactory._registry:
+    WeightTransferEngineFactory.register_engine(NAME, NcclEngine)
