@@ -13,7 +13,7 @@ Two functions do this, each registered with transformers under a name; the bound
     varlen   `varlen_attention`, GPU and bfloat16: torch.nn.attention.varlen takes the whole row in one call.
 
 `trainer.attention=auto` is sdpa on GPUs too. varlen needs one kernel for rows of many lengths where sdpa needs one for
-each. Its test has passed on an H200 under torch 2.11, whose function infers `enable_gqa`; no training run has used it here.
+each. Its test has passed on an H200 under torch 2.11, whose function infers `enable_gqa`; no training run has used it.
 """
 
 from collections.abc import Iterator, Sequence

@@ -35,24 +35,20 @@ class NcclEngine(NCCLWeightTransferEngine):
 
     leave_at = ""
     _timeout_s = 0.0
-    _given_up: threading.Event | None = None
+    _exit: "_Exit | None" = None
     model_update_group: Any
 
     def init_transfer_engine(self, init_info: NcclInitInfo) -> None:
         super().init_transfer_engine(init_info)
-        self._timeout_s, self._given_up = init_info.timeout_s, threading.Event()
-        mailbox = Mailbox()
+        self._timeout_s, self._exit, mailbox = init_info.timeout_s, _Exit(self.model_update_group), Mailbox()
         self.leave_at = mailbox.address
-        threading.Thread(
-            target=_leave_when_told, args=(mailbox, self.model_update_group, self._given_up), name="nccl", daemon=True
-        ).start()
+        threading.Thread(target=_leave_when_told, args=(mailbox, self._exit), name="nccl", daemon=True).start()
 
     def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
         """Raises WeightSyncError when not all has come in time."""
-        given_up, group = self._given_up, self.model_update_group
-        assert given_up is not None and group is not None, "init_transfer_engine comes first"
-        names = _Expected(update_info.names, given_up)
-        late = threading.Timer(self._timeout_s, _give_up, (group, given_up))
+        assert self._exit is not None, "init_transfer_engine comes first"
+        names = _Expected(update_info.names, self._exit)
+        late = threading.Timer(self._timeout_s, self._exit.take)
         late.start()
         why = ""
         try:
@@ -63,7 +59,7 @@ class NcclEngine(NCCLWeightTransferEngine):
             why = first_line(error)
         finally:
             late.cancel()
-        if given_up.is_set():
+        if self._exit.taken:
             why = f"it did not come within weights.timeout_s={self._timeout_s:g} s, or the worker was told to leave"
         if why:
             raise WeightSyncError(
@@ -72,8 +68,8 @@ class NcclEngine(NCCLWeightTransferEngine):
             )
 
     def shutdown(self) -> None:
-        if self._given_up is not None:
-            self._given_up.set()
+        if self._exit is not None:
+            self._exit.take()
             with suppress(OSError):  # it has been told already
                 post(self.leave_at, b"")
         super().shutdown()
@@ -83,32 +79,42 @@ class _GivenUp(Exception):
     """The group is no more: a call of an aborted communicator is undefined."""
 
 
+class _Exit:
+    """Out of a group, from whichever thread and once."""
+
+    def __init__(self, group: Any):
+        self._group = group
+        self._lock = threading.Lock()
+        self.taken = False
+
+    def take(self) -> None:
+        """Abort the communicator: whoever waits in it waits no more."""
+        with self._lock:
+            if not self.taken:
+                self.taken = True
+                self._group.destroy()
+
+
 class _Expected(list[str]):
     """Names that remember which of them was asked for last, and of which there are no more in a group given up."""
 
-    def __init__(self, names: list[str], given_up: threading.Event):
+    def __init__(self, names: list[str], exit_: _Exit):
         super().__init__(names)
-        self._given_up = given_up
+        self._exit = exit_
         self.last = ""
 
     def __iter__(self) -> Iterator[str]:
         for name in super().__iter__():
-            if self._given_up.is_set():
+            if self._exit.taken:
                 raise _GivenUp
             self.last = name
             yield name
 
 
-def _give_up(group: Any, given_up: threading.Event) -> None:
-    given_up.set()
-    group.destroy()
-
-
-def _leave_when_told(mailbox: Mailbox, group: Any, given_up: threading.Event) -> None:
+def _leave_when_told(mailbox: Mailbox, exit_: _Exit) -> None:
     mailbox.take()
     mailbox.close()
-    if not given_up.is_set():
-        _give_up(group, given_up)
+    exit_.take()
 
 
 if NAME not in WeightTransferEngineFactory._registry:

@@ -1,6 +1,6 @@
 """What asynchrony gains: the training loop in its asynchronous and its synchronous mode, in turns.
 
-    python scripts/bench/overlap.py                     # all cases, five rounds: about half an hour
+    python scripts/bench/overlap.py                     # all cases, five rounds: about an hour
     python scripts/bench/overlap.py --case balanced     # a quarter of it
 
 For each case engine and trainer are started once, with a core each (`cluster.pin_cores`). Then either mode trains for
@@ -63,7 +63,7 @@ class Case:
 REFERENCE = ("algo.kl.coef=0.01", "trainer.gradient_checkpointing=true")  # two more forward passes of the trainer
 CASES = {
     "trainer": Case(median=64, prompt=64, slots=128, settings=REFERENCE),
-    "balanced": Case(median=64, prompt=64, slots=32),
+    "balanced": Case(median=64, prompt=64, slots=32, groups=32, steps=8),
     "engine": Case(median=64, prompt=16, slots=13),
     "lognormal": Case(median=64, prompt=64, slots=64, sigma=0.99, max_lag=4, steps=16),
 }

@@ -1,9 +1,7 @@
 """The main job as a newcomer runs it, shortened: two scripts, a run directory, a model that other programs load."""
 
 import json
-import os
 import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -57,6 +55,7 @@ def test_the_quickstart_measures_what_it_did(quickstart: tuple[Path, str]) -> No
     assert all(record["staleness/max"] <= 2 for record in steps)
     assert max(record["staleness/max"] for record in steps) > 0, "generation overlaps training"
     assert steps[0]["mismatch/abs_logprob_mean"] < 1e-4 and steps[0]["mismatch/tokens"] > 1000
+    assert all(record.get("mismatch/abs_logprob_mean", 0) < 1e-4 for record in steps), "old KV is not mismatch"
     assert all(record["optim/skipped"] == 0 for record in steps)
     assert [record["sync/bytes"] > 1e6 for record in steps if "sync/bytes" in record].count(True) > len(steps) / 2
 
@@ -73,14 +72,14 @@ def test_every_trained_completion_is_on_file_with_its_provenance(quickstart: tup
         assert all(0 <= row["step"] - 1 - version <= 2 for version, _, _ in spans)
         assert all(logprob <= 0 for logprob in row["logprobs"])
         assert row["outcome"] != "ok" or row["reward"] in (0.0, 1.0)
+    assert sum(len(row["weight_versions"]) > 1 for row in rows) > len(rows) / 20, "updates land inside completions"
 
 
-@pytest.mark.parametrize("program", ["transformers", "vllm"])
-def test_the_exported_model_reproduces_the_reported_accuracy(quickstart: tuple[Path, str], program: str) -> None:
+def test_the_exported_model_reproduces_the_reported_accuracy(quickstart: tuple[Path, str]) -> None:
+    """With transformers alone; an engine loads it in the next test."""
     run_dir, _ = quickstart
     reported = of_kind(run_dir, "eval")[-1]["eval/sort/accuracy"]
-    measured = (transformers_accuracy if program == "transformers" else vllm_accuracy)(run_dir / "model")
-    assert measured == pytest.approx(reported, abs=2 / 256)  # two near ties among 256 greedy completions
+    assert transformers_accuracy(run_dir / "model") == pytest.approx(reported, abs=2 / 256)  # near ties, greedy
 
 
 def test_the_eval_command_reproduces_the_last_evaluation_of_the_run(quickstart: tuple[Path, str]) -> None:
@@ -120,34 +119,6 @@ def transformers_accuracy(model_dir: Path) -> float:
     return sum(text == answer for text, answer in zip(texts, answers, strict=True)) / len(answers)
 
 
-VLLM_PROGRAM = """
-import json, sys
-from vllm import LLM, SamplingParams
-if __name__ == "__main__":
-    llm = LLM(sys.argv[1], dtype="float32", max_model_len=128, enforce_eager=True, kv_cache_memory_bytes=64 << 20)
-    chats = [[{"role": "user", "content": question}] for question in json.load(sys.stdin)]
-    outputs = llm.chat(chats, SamplingParams(temperature=0, max_tokens=12))
-    print("ANSWERS" + json.dumps([output.outputs[0].text for output in outputs]))
-"""
-
-
-def vllm_accuracy(model_dir: Path) -> float:
-    questions, answers = eval_problems()
-    env = os.environ | {"TORCHDYNAMO_DISABLE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", VLLM_PROGRAM, model_dir],
-        input=json.dumps(questions),
-        capture_output=True,
-        text=True,
-        env=env,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    line = next(line for line in done.stdout.splitlines() if line.startswith("ANSWERS"))
-    texts = json.loads(line.removeprefix("ANSWERS"))
-    return sum(text == answer for text, answer in zip(texts, answers, strict=True)) / len(answers)
-
-
 def run_to_the_end(run_dir: Path, *overrides: str) -> list[dict[str, Any]]:
     """Train with the real command; returns the records of the steps. Nothing may be left running."""
     without = ["eval.at_start=false", "eval.at_end=false", "parity.preflight=off", "metrics.plots=false"]
@@ -160,22 +131,6 @@ def run_to_the_end(run_dir: Path, *overrides: str) -> list[dict[str, Any]]:
     return of_kind(run_dir, "train")
 
 
-def test_updates_land_inside_long_completions(random_model: Path, tmp_path: Path) -> None:
-    steps = run_to_the_end(
-        tmp_path / "run",
-        "experiment=longform",
-        f"model.path={random_model}",
-        "steps=10",
-        "sampling.max_tokens=64",
-        "algo=reinforce_is",
-    )
-    assert len(steps) == 10 and all(record["staleness/max"] <= 2 for record in steps)
-    assert max(record["staleness/multi_version_frac"] for record in steps[3:]) > 0.25
-    assert all(record.get("mismatch/abs_logprob_mean", 0) < 1e-4 for record in steps), "old KV is not mismatch"
-    rows = read_rollouts(tmp_path / "run")
-    assert any(len(row["weight_versions"]) > 1 and row["weight_versions"][0][2] > 1 for row in rows)
-
-
 def test_the_users_data_one_step_off_on_two_ranks_in_bf16(quickstart: tuple[Path, str], tmp_path: Path) -> None:
     """Fewer problems than a batch, and one of them has no room for an answer: it is counted, and the run goes on."""
     examples = (ROOT / "pipelinerl" / "tasks" / "data" / "word_problems.jsonl").read_text().splitlines()[:5]
@@ -184,6 +139,7 @@ def test_the_users_data_one_step_off_on_two_ranks_in_bf16(quickstart: tuple[Path
     steps = run_to_the_end(
         tmp_path / "run",
         "async.mode=one_step_off",
+        "algo=reinforce_is",
         "task=jsonl",
         f"task.path={data}",
         "task.eval_fraction=0",
