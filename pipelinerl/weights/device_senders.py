@@ -20,6 +20,10 @@ from pipelinerl.errors import EnvironmentProblem, WeightSyncError, first_line
 from pipelinerl.weights.digest import device_digest
 from pipelinerl.weights.source import Bucket, WeightSource, run_through
 
+UNUSABLE = (
+    "weights.backend=nccl: vLLM cannot use the NCCL library of this node: it is missing, or older than vLLM needs; "
+    "install the requirements of this project, or set VLLM_NCCL_SO_PATH"
+)
 BUFFERS = 2  # of the packed broadcast, on either side
 
 
@@ -62,10 +66,7 @@ class NcclSender:
                 f"trainer rank 0: not all of {world_size - 1} engine workers joined NCCL: {first_line(error)}"
             ) from error
         if self._communicator.disabled:  # vLLM goes on without one, and its broadcasts do nothing
-            raise EnvironmentProblem(
-                "weights.backend=nccl: vLLM cannot use the NCCL library of trainer rank 0 (its log has more): it is "
-                "missing, or older than vLLM needs; install the requirements of this project, or set VLLM_NCCL_SO_PATH"
-            )
+            raise EnvironmentProblem(f"trainer rank 0: {UNUSABLE}")
 
     def send(self, transmission: int, with_digests: bool = True) -> list[int]:
         from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer

@@ -17,6 +17,7 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngin
 
 from pipelinerl.errors import WeightSyncError, first_line
 from pipelinerl.mailbox import Mailbox, post
+from pipelinerl.weights.device_senders import UNUSABLE
 
 NAME = "patient_nccl"  # vLLM has an "nccl" of its own
 
@@ -40,6 +41,8 @@ class NcclEngine(NCCLWeightTransferEngine):
 
     def init_transfer_engine(self, init_info: NcclInitInfo) -> None:
         super().init_transfer_engine(init_info)
+        if self.model_update_group.disabled:
+            raise WeightSyncError(f"worker {self.parallel_config.rank}: {UNUSABLE}")
         self._timeout_s, self._exit, mailbox = init_info.timeout_s, _Exit(self.model_update_group), Mailbox()
         self.leave_at = mailbox.address
         threading.Thread(target=_leave_when_told, args=(mailbox, self._exit), name="nccl", daemon=True).start()

@@ -63,7 +63,7 @@ class Case:
 REFERENCE = ("algo.kl.coef=0.01", "trainer.gradient_checkpointing=true")  # two more forward passes of the trainer
 CASES = {
     "trainer": Case(median=64, prompt=64, slots=128, settings=REFERENCE),
-    "balanced": Case(median=64, prompt=64, slots=32, groups=32, steps=8),
+    "balanced": Case(median=64, prompt=64, slots=36, groups=20),
     "engine": Case(median=64, prompt=16, slots=13),
     "lognormal": Case(median=64, prompt=64, slots=64, sigma=0.99, max_lag=4, steps=16),
 }

@@ -19,6 +19,8 @@ NAMES = ["a.weight", "b.weight", "c.weight"]
 class Group:
     """A communicator whose broadcasts block until it is destroyed, from the second one on."""
 
+    disabled = False
+
     def __init__(self) -> None:
         self.destroyed = threading.Event()
         self.calls = 0
@@ -80,6 +82,13 @@ def test_a_worker_that_is_told_to_leave_does_so_in_the_middle_of_its_wait(monkey
     engine.shutdown()
     with pytest.raises(OSError):
         post(engine.leave_at, b"")
+
+
+def test_a_library_that_vllm_does_not_use_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM goes on without it, and what it then calls a broadcast does nothing."""
+    monkeypatch.setattr(Group, "disabled", True)
+    with pytest.raises(WeightSyncError, match=r"worker 3: .* NCCL library of this node: .* VLLM_NCCL_SO_PATH"):
+        engine_in(Group(), monkeypatch, timeout_s=60)
 
 
 def test_an_update_that_comes_is_taken_and_nothing_is_left_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
