@@ -14,7 +14,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from pipelinerl import session as session_module
 from pipelinerl.cluster.fleet import Fleet
-from pipelinerl.cluster.remote import RemoteWorker
+from pipelinerl.cluster.remote import RemoteWorker, _Host
 from pipelinerl.cluster.trainer_group import TrainerGroup
 from pipelinerl.concurrency import Ending
 from pipelinerl.config.schema import RunConfig, TrainerConfig
@@ -398,3 +398,21 @@ async def test_a_run_directory_that_holds_a_run_is_left_alone(tmp_path: Path) ->
     run.log.log("train", 1, {})
     with pytest.raises(PipelineRLError, match="holds a run already; choose another run_dir"):
         new_run_dir(small_config(f"run_dir={tmp_path}"), "", ("metrics.jsonl",))
+
+
+class CannotTravel(ValueError):
+    def __reduce__(self) -> str:
+        raise TypeError("cannot pickle 'ArgsKwargs' object")
+
+
+def test_an_error_that_cannot_travel_is_told_in_words_and_any_other_as_it_is() -> None:
+    class Worker:
+        def start(self, error: Exception) -> None:
+            raise error
+
+    host = _Host.__new__(_Host)
+    host._worker = Worker()
+    with pytest.raises(RuntimeError, match=r"^CannotTravel: 1 error: max_model_len is too large$"):
+        host.call("start", CannotTravel("1 error:\n  max_model_len is too large"))
+    with pytest.raises(KeyError, match="as it is"):
+        host.call("start", KeyError("as it is"))
