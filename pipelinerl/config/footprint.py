@@ -152,6 +152,7 @@ def _shapes(file: Path) -> dict[str, list[int]]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises EnvironmentProblem that names the file."""
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -73,7 +73,7 @@ class LayerwiseLoading:
 @torch.no_grad()
 def load_layerwise(model: Any, model_config: Any, buckets: Buckets) -> None:
     """vLLM's layerwise reload; meanwhile, and if it fails, the model is unusable."""
-    tied = bool(getattr(model_config.hf_text_config, "tie_word_embeddings", False))
+    tied = _is_tied(model_config)
     initialize_layerwise_reload(model)
     for bucket, buffer in buckets:
         model.load_weights(_views(bucket, buffer))
@@ -93,10 +93,8 @@ class PausedUpdates:
 
     def weights_warn_of_losses_only(self) -> None:
         """Leave out, for good, what vLLM warns of at every update though nothing is lost."""
-        tied = bool(getattr(self.vllm_config.model_config.hf_text_config, "tie_word_embeddings", False))
-        for kept in [f for f in RELOAD.filters if isinstance(f, _Losses)]:
-            RELOAD.removeFilter(kept)
-        RELOAD.addFilter(_Losses(tied))
+        if not any(isinstance(found, _Losses) for found in RELOAD.filters):
+            RELOAD.addFilter(_Losses(_is_tied(self.vllm_config.model_config)))
 
     def weights_leave_at(self) -> str:
         """The mailbox at which the transport is told to leave, when the worker waits for it; "" where there is none."""
@@ -113,6 +111,10 @@ class PausedUpdates:
                     info.load_numel = 0
             finalize_layerwise_reload(model, self.vllm_config.model_config)
             self._weight_update_active = False
+
+
+def _is_tied(model_config: Any) -> bool:
+    return bool(getattr(model_config.hf_text_config, "tie_word_embeddings", False))
 
 
 def repack_tied_head(model: Any) -> None:
