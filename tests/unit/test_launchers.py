@@ -26,17 +26,19 @@ STAND_INS = {
     "home/.venv/bin/ray": """
 case "$1" in
     status) exit 0 ;;
-    start)  trap 'echo "ray stopped" >> "$LOG"; exit 0' TERM; while :; do sleep 0.1; done ;;
+    start)  trap 'echo "ray stopped" >> "$LOG"; exit 0' TERM; echo up >> "$LOG.ray"; while :; do sleep 0.1; done ;;
 esac""",
     "home/.venv/bin/python": f"""
 case "$*" in
     *get_node_ip_address*) echo 10.0.0.7 ;;
     *) exec {sys.executable} "$@" ;;
 esac""",
+    # Tells of its start when each node's Ray, and it, would tell of their end.
     "home/.venv/bin/pipelinerl": """
+touch "$LOG.ray"; while [ "$(wc -l < "$LOG.ray")" -lt 3 ]; do sleep 0.05; done
+trap 'sleep 0.5; echo "checkpoint saved" >> "$LOG"; exit 143' TERM
 echo "pipelinerl $*" >> "$LOG"; stat -c '%a' "$RAY_AUTH_TOKEN_PATH" >> "$LOG"; wc -c < "$RAY_AUTH_TOKEN_PATH" >> "$LOG"
 [ -z "${CODE:-}" ] || exit "$CODE"
-trap 'sleep 0.5; echo "checkpoint saved" >> "$LOG"; exit 143' TERM
 while :; do sleep 0.1; done""",
 }
 
