@@ -20,6 +20,7 @@ from pipelinerl.weights.host_sender import HostSender
 from pipelinerl.weights.membership import FixedMembers
 from pipelinerl.weights.publisher import Publisher
 from pipelinerl.weights.source import WholeModel
+from tests.integration.serving import forked_cores
 
 
 class LocalEngine:
@@ -113,7 +114,8 @@ async def bench(config: RunConfig) -> AsyncIterator[Bench]:
     """A running bench."""
     worker = RolloutWorker(config, 0, "gloo")
     try:
-        await worker.start()
+        with forked_cores():
+            await worker.start()
         engine, trainer = LocalEngine(worker), LocalTrainer(config)
         members = FixedMembers([engine])
         publisher = Publisher(trainer, members, config.weights, "gloo", config.engine.tensor_parallel)

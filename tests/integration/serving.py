@@ -1,12 +1,14 @@
 """A running vLLM engine and a trainer's policy in one process, joined by the gloo transport."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+import multiprocessing
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import vllm.v1.engine.utils as engine_utils
 from torch import Tensor
 
 from pipelinerl.config.schema import RunConfig
@@ -119,12 +121,25 @@ class Served:
         return await asyncio.gather(*(self.engine.generate(prompt, temperature, max_tokens) for prompt in prompts))
 
 
+@contextmanager
+def forked_cores() -> Iterator[None]:
+    """Engine cores that start meanwhile are forks of one process that has imported vLLM, which takes each 9 s."""
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["vllm.v1.engine.core", "pipelinerl.engine.extension"])
+    spawns, engine_utils.get_mp_context = engine_utils.get_mp_context, lambda: forks
+    try:
+        yield
+    finally:
+        engine_utils.get_mp_context = spawns
+
+
 @asynccontextmanager
 async def serve(
     config: RunConfig, bucket_bytes: int = 2**20, shared_memory: bool = True, backend: str = "gloo"
 ) -> AsyncIterator[Served]:
     """An engine, shut down afterwards."""
-    engine = await VllmEngine.start(config, 0, backend)
+    with nullcontext() if config.engine.tensor_parallel > 1 or backend != "gloo" else forked_cores():
+        engine = await VllmEngine.start(config, 0, backend)
     try:
         policy = load_policy(config.model, config.sampling.temperature, config.trainer.logprob_chunk, False)
         if backend != "gloo":
