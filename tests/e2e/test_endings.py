@@ -1,6 +1,8 @@
-"""How runs end: the right exit code, one line of cause, no process left. Real processes, really killed."""
+"""How runs end: the right exit code, one line of cause, no process left. Real processes, really killed.
 
-import json
+Ctrl-C ends a run of test_main_job.py, SIGTERM and a full disk end those of test_faults.py.
+"""
+
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -8,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelinerl.errors import EXIT_BUDGET_SPENT, EXIT_RECOVERABLE, EXIT_SIGINT, EXIT_SIGTERM
+from pipelinerl.errors import EXIT_BUDGET_SPENT, EXIT_RECOVERABLE, EXIT_SIGTERM
 from tests.e2e.harness import TrainCommand, ledger_of, train_records
 
 Start = Callable[..., TrainCommand]
@@ -29,28 +31,6 @@ def start(tmp_path: Path, random_model: Path) -> Iterator[Start]:
     yield start
     for command in commands:
         command.close()
-
-
-def test_ctrl_c_stops_cleanly_and_keeps_what_there_is(start: Start) -> None:
-    """Of a run whose completions are of one token; the text of those that are an end of sequence is empty."""
-    run = start("sampling.max_tokens=1", "metrics.rollout_groups_per_step=null")
-    run.wait_for_step(6)
-    assert any("grader_child" in title for title in run.leftovers(grace_s=0)), "the harness sees all processes"
-    run.interrupt_group()
-    assert run.exit_code(120) == EXIT_SIGINT, run.output
-    assert run.leftovers() == []
-    assert (run.run_dir / "plots" / "reward.png").exists()
-    assert "Traceback" not in run.output
-    for record in train_records(run.run_dir):
-        assert all(math.isfinite(value) for name, value in record.items() if name != "kind"), record
-        assert record["completion/tokens_max"] == 1 and record["optim/skipped"] == 0
-    texts = [
-        json.loads(line)["completion"]
-        for file in (run.run_dir / "rollouts").iterdir()
-        for line in file.read_text().splitlines()
-    ]
-    assert "" in texts and len(set(texts)) > 2
-    assert not ledger_of(run.run_dir)["dropped"]
 
 
 def test_sigterm_during_start_up_stops_cleanly(start: Start) -> None:

@@ -1,6 +1,10 @@
-"""One run meets fault after fault and goes on, is stopped, goes on again, and ends when it can save nothing more."""
+"""One run meets fault after fault and goes on, is stopped, goes on again, and ends when it can save nothing more.
+
+Its completions are long at first, so that weight updates land inside them, and of one token when it goes on.
+"""
 
 import json
+import math
 import re
 import resource
 import signal
@@ -12,6 +16,7 @@ import pytest
 
 from pipelinerl.checkpoint.store import newest_whole
 from pipelinerl.errors import EXIT_ENVIRONMENT, EXIT_SIGTERM
+from pipelinerl.metrics.rollouts import read_rollouts
 from tests.e2e.harness import TrainCommand, ledger_of, train_records
 
 BOUND_S = 60  # for whatever a fault costs
@@ -22,6 +27,7 @@ EVERY = 4
 def overrides(random_model: Path) -> list[str]:
     small = [f"model.path={random_model}", "steps=100000", "batch.groups_per_step=4", "batch.group_size=4"]
     small += ["async.max_lag=2", f"checkpoint.every={EVERY}", "metrics.plots=false", "eval.at_start=false"]
+    small += ["sampling.max_tokens=64", "metrics.rollout_groups_per_step=null"]
     return [*small, "engine.max_restarts=0", "trainer.max_restarts=0", "parity.preflight=off"]
 
 
@@ -80,7 +86,9 @@ def test_helpers_may_die_sigterm_saves_and_a_full_disk_ends_the_run(
     saved = newest_whole(run_dir / "checkpoints", print)
     assert saved is not None and saved.name == f"step_{len(steps):06d}", "SIGTERM saves what there is"
 
-    again = TrainCommand(run_dir, overrides)
+    updates_landed_inside_completions(run_dir)
+
+    again = TrainCommand(run_dir, [*overrides, "sampling.max_tokens=1"])
     runs.append(again)
     again.wait_for_line(f"resuming from {saved}")
     again.wait_for_step(len(steps) + EVERY + 1)
@@ -101,6 +109,26 @@ def test_helpers_may_die_sigterm_saves_and_a_full_disk_ends_the_run(
     settled = [t for tickets in [*second["trained"].values(), *second["dropped"].values()] for t in tickets]
     still_open = [t for name in ("queued", "running", "generated") for t in second[name]]
     assert drawn_before <= set(settled) | set(still_open), "nothing is lost"
+    completions_were_of_one_token(run_dir, since=len(steps))
+
+
+def updates_landed_inside_completions(run_dir: Path) -> None:
+    records = train_records(run_dir)
+    assert max(record["staleness/multi_version_frac"] for record in records[3:]) > 0.25
+    assert all(record["staleness/max"] <= 2 for record in records)
+    assert all(record.get("mismatch/abs_logprob_mean", 0) < 1e-4 for record in records), "old KV is not mismatch"
+    spans = [row["weight_versions"] for row in read_rollouts(run_dir)]
+    assert any(len(versions) > 1 and versions[0][2] > 1 for versions in spans)
+
+
+def completions_were_of_one_token(run_dir: Path, since: int) -> None:
+    """The text of those that are an end of sequence is empty."""
+    records = [record for record in train_records(run_dir) if record["step"] > since]
+    for record in records:
+        assert all(math.isfinite(value) for name, value in record.items() if name != "kind"), record
+        assert record["completion/tokens_max"] == 1 and record["optim/skipped"] == 0
+    texts = {row["completion"] for row in read_rollouts(run_dir) if row["step"] > since}
+    assert "" in texts and len(texts) > 2
 
 
 def fill_the_disk_of(run: TrainCommand) -> None:
