@@ -91,7 +91,7 @@ def test_helpers_may_die_sigterm_saves_and_a_full_disk_ends_the_run(
     again = TrainCommand(run_dir, [*overrides, "sampling.max_tokens=1"])
     runs.append(again)
     again.wait_for_line(f"resuming from {saved}")
-    again.wait_for_step(len(steps) + EVERY + 1)
+    again.wait_for_step(len(steps) + 2 * EVERY + 1)
     again.wait_until(lambda: newest_whole(run_dir / "checkpoints", print) != saved, "another checkpoint", BOUND_S)
     fill_the_disk_of(again)
     begin = time.monotonic()

@@ -5,6 +5,7 @@ is a fork of it that starts a process group, calls `run_rank(case, rank, port, o
 record with the configuration of its run as `config`; what `run_rank` pickles to `out` is the result of the rank.
 """
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -76,8 +77,12 @@ class Forks:
 
 def main(module: str, source: str, target: str) -> None:
     """Run the cases in their order, as many at a time as there are cores for. One that loads waits for all before."""
+    import deepspeed.ops
+
     import pipelinerl.trainer.worker  # noqa: F401  the slow imports, once for all forks
 
+    assert deepspeed.ops.__compatible_ops__  # the same for a probe that runs compilers
+    gc.freeze()  # what is imported is no garbage: the forks need not look through it
     run_rank = import_module(module).run_rank
     cores, running = len(os.sched_getaffinity(0)), list[Forks]()
     for name, case in pickle.loads(Path(source).read_bytes()).items():
