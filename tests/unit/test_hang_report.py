@@ -25,15 +25,15 @@ answer_stack_requests(Path(sys.argv[1]), sys.argv[2])
 """
 BUSY = """
 def stuck_in_python():
+    print("ready", flush=True)
     while True: pass
-print("ready", flush=True)
 stuck_in_python()
 """
 HOLDS_THE_LOCK = """
 import ctypes, threading
 def stuck_in_foreign_code():
+    print("ready", flush=True)
     ctypes.PyDLL(None).sleep(60)  # keeps the interpreter's lock
-print("ready", flush=True)
 stuck_in_foreign_code()
 """
 
@@ -42,10 +42,10 @@ import faulthandler
 from pipelinerl.stacks import SIGNAL
 faulthandler.unregister(SIGNAL)  # it ends the process now
 def works():
+    print("ready", flush=True)
     while True: deep(100)
 def deep(n):
     return deep(n - 1) if n else None
-print("ready", flush=True)
 works()
 """
 
