@@ -15,7 +15,6 @@ import json
 import os
 import signal
 import socket
-import threading
 from pathlib import Path
 from typing import TextIO
 
@@ -36,7 +35,7 @@ def answer_stack_requests(folder: Path, name: str) -> None:
     global _answering, _file
     folder.mkdir(parents=True, exist_ok=True)
     host, pid = socket.gethostname(), os.getpid()
-    _file = (folder / f"{host}-{pid}.txt").open("w")
+    file = _file = (folder / f"{host}-{pid}.txt").open("w")
     asked = Mailbox()
     who = {"name": name, "host": host, "pid": pid, "created": psutil.Process().create_time()}  # a pid is used again
     who["mailbox"] = asked.address
@@ -45,13 +44,7 @@ def answer_stack_requests(folder: Path, name: str) -> None:
     os.environ[FOLDER_VARIABLE] = str(folder)
     _answering = pid
     faulthandler.register(SIGNAL, file=_file, all_threads=True)
-    threading.Thread(target=_answer, args=(asked, _file), name="stacks", daemon=True).start()
-
-
-def _answer(asked: Mailbox, file: TextIO) -> None:
-    while True:
-        asked.take()
-        faulthandler.dump_traceback(file, all_threads=True)
+    asked.listen(lambda _: faulthandler.dump_traceback(file, all_threads=True), "stacks")
 
 
 def answer_as_told(name: str) -> None:

@@ -60,7 +60,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
     supports_draft_weight_update = False
 
     seat: Seat | None = None
-    door: "Door | None" = None
+    door: Mailbox | None = None  # through which it is told to receive, also in the middle of a step; of one epoch
     update: "Update | None" = None
     task: "Task | None" = None
 
@@ -109,25 +109,6 @@ class Task:
             self.error = f"{type(error).__name__}: {first_line(error)}"
         self.done.set()
         self.report.send(self.error)
-
-
-class Door:
-    """Through which a worker is told to receive, also in the middle of a step; open for one epoch."""
-
-    def __init__(self, receive: Callable[["Door", dict[str, int]], None]):
-        self._mailbox = Mailbox()
-        self.address = self._mailbox.address
-        threading.Thread(target=self._listen, args=(receive,), name="weights-door", daemon=True).start()
-
-    def _listen(self, receive: Callable[["Door", dict[str, int]], None]) -> None:
-        while order := self._mailbox.take():
-            receive(self, json.loads(order))
-        self._mailbox.close()
-
-    def close(self) -> None:
-        """Orders that come later are refused."""
-        with suppress(OSError):
-            post(self.address, b"")
 
 
 @dataclass
@@ -186,16 +167,17 @@ class StagedUpdates:
             if transfer.task is task:  # still wanted
                 transfer.seat = seat
 
-        def receive(door: Door, order: dict[str, int]) -> None:
-            seat = transfer.seat
+        def receive(message: bytes) -> None:
+            order, seat = json.loads(message), transfer.seat
             if door is transfer.door and seat is not None:
                 own_report = replace(report, number=order["number"], times={})
                 self.weights_receive(seat, order["transmission"], order["version"], eager, canary, own_report)
 
-        transfer.door = Door(receive)
+        door = transfer.door = Mailbox()
+        door.listen(receive, "weights-door")
         task = transfer.task = Task(join, report)
         task.start("weights-join")
-        return transfer.door.address
+        return door.address
 
     def weights_receive(
         self, seat: Seat, transmission: int, version: int, eager: bool, canary: bool, report: Report

@@ -7,7 +7,6 @@ a thread listens at a mailbox, as vLLM itself takes no call meanwhile, and abort
 
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +15,7 @@ from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitI
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferUpdateInfo
 
 from pipelinerl.errors import WeightSyncError, first_line
-from pipelinerl.mailbox import Mailbox, post
+from pipelinerl.mailbox import Mailbox
 from pipelinerl.weights.device_senders import UNUSABLE
 
 NAME = "patient_nccl"  # vLLM has an "nccl" of its own
@@ -30,22 +29,27 @@ class NcclInitInfo(NCCLWeightTransferInitInfo):
 
 
 class NcclEngine(NCCLWeightTransferEngine):
-    """One group at a time; `leave_at` is the address of the mailbox at which it is told to give it up."""
+    """One group at a time."""
 
     init_info_cls = NcclInitInfo
 
-    leave_at = ""
     _timeout_s = 0.0
     _exit: "_Exit | None" = None
+    _told: Mailbox | None = None
     model_update_group: Any
 
     def init_transfer_engine(self, init_info: NcclInitInfo) -> None:
         super().init_transfer_engine(init_info)
         if self.model_update_group.disabled:
             raise WeightSyncError(f"worker {self.parallel_config.rank}: {UNUSABLE}")
-        self._timeout_s, self._exit, mailbox = init_info.timeout_s, _Exit(self.model_update_group), Mailbox()
-        self.leave_at = mailbox.address
-        threading.Thread(target=_leave_when_told, args=(mailbox, self._exit), name="nccl", daemon=True).start()
+        leave, told = _Exit(self.model_update_group), Mailbox()
+        told.listen(lambda _: leave.take(), "nccl")
+        self._timeout_s, self._exit, self._told = init_info.timeout_s, leave, told
+
+    @property
+    def leave_at(self) -> str:
+        """The address at which it is told to give its group up."""
+        return self._told.address if self._told is not None else ""
 
     def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
         """Raises WeightSyncError when not all has come in time."""
@@ -71,10 +75,9 @@ class NcclEngine(NCCLWeightTransferEngine):
             )
 
     def shutdown(self) -> None:
-        if self._exit is not None:
+        if self._exit is not None and self._told is not None:
             self._exit.take()
-            with suppress(OSError):  # it has been told already
-                post(self.leave_at, b"")
+            self._told.close()
         super().shutdown()
 
 
@@ -112,12 +115,6 @@ class _Expected(list[str]):
                 raise _GivenUp
             self.last = name
             yield name
-
-
-def _leave_when_told(mailbox: Mailbox, exit_: _Exit) -> None:
-    mailbox.take()
-    mailbox.close()
-    exit_.take()
 
 
 if NAME not in WeightTransferEngineFactory._registry:
