@@ -35,21 +35,18 @@ class NcclEngine(NCCLWeightTransferEngine):
 
     _timeout_s = 0.0
     _exit: "_Exit | None" = None
-    _told: Mailbox | None = None
     model_update_group: Any
 
     def init_transfer_engine(self, init_info: NcclInitInfo) -> None:
         super().init_transfer_engine(init_info)
         if self.model_update_group.disabled:
             raise WeightSyncError(f"worker {self.parallel_config.rank}: {UNUSABLE}")
-        leave, told = _Exit(self.model_update_group), Mailbox()
-        told.listen(lambda _: leave.take(), "nccl")
-        self._timeout_s, self._exit, self._told = init_info.timeout_s, leave, told
+        self._timeout_s, self._exit = init_info.timeout_s, _Exit(self.model_update_group)
 
     @property
     def leave_at(self) -> str:
         """The address at which it is told to give its group up."""
-        return self._told.address if self._told is not None else ""
+        return self._exit.address if self._exit is not None else ""
 
     def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
         """Raises WeightSyncError when not all has come in time."""
@@ -75,9 +72,8 @@ class NcclEngine(NCCLWeightTransferEngine):
             )
 
     def shutdown(self) -> None:
-        if self._exit is not None and self._told is not None:
+        if self._exit is not None:
             self._exit.take()
-            self._told.close()
         super().shutdown()
 
 
@@ -86,18 +82,22 @@ class _GivenUp(Exception):
 
 
 class _Exit:
-    """Out of a group, from whichever thread and once."""
+    """Out of a group, from whichever thread and once; also for whoever posts anything to its address."""
 
     def __init__(self, group: Any):
         self._group = group
         self._lock = threading.Lock()
+        self._told = Mailbox()
+        self.address = self._told.address
         self.taken = False
+        self._told.listen(lambda _: self.take(), "nccl")
 
     def take(self) -> None:
         """Abort the communicator: whoever waits in it waits no more."""
         with self._lock:
             if not self.taken:
                 self.taken = True
+                self._told.close()
                 self._group.destroy()
 
 

@@ -109,6 +109,7 @@ def test_helpers_may_die_sigterm_saves_and_a_full_disk_ends_the_run(
     settled = [t for tickets in [*second["trained"].values(), *second["dropped"].values()] for t in tickets]
     still_open = [t for name in ("queued", "running", "generated") for t in second[name]]
     assert drawn_before <= set(settled) | set(still_open), "nothing is lost"
+    assert second["dropped"] == first["dropped"], "an empty completion is one like any other"
     completions_were_of_one_token(run_dir, since=len(steps))
 
 

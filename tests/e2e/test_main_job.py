@@ -129,6 +129,7 @@ def test_the_users_data_one_step_off_on_two_ranks_in_bf16_until_ctrl_c(
     data.write_text("\n".join([*examples, json.dumps({"prompt": "count " + "1 " * 600, "answer": "600"})]) + "\n")
     overrides = [
         "async.mode=one_step_off",
+        "algo=reinforce_is",
         "task=jsonl",
         f"task.path={data}",
         "task.eval_fraction=0",
